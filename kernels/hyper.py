@@ -1,0 +1,107 @@
+"""Hyperparameter records: the vocabulary that all backends share.
+
+One NamedTuple an operation. Its *type* chooses the formula inside a compiled loop, so
+a loop needs no closure (which would miss the disk cache) and no flag per operation.
+Optimizer records hold numbers only: a step plan stacks them into one float64 table,
+a row per parameter group.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class MSE(NamedTuple):
+    """(input - target)**2, elementwise."""
+
+
+class L1(NamedTuple):
+    """abs(input - target), elementwise."""
+
+
+class CrossEntropy(NamedTuple):
+    """-log softmax(input)[target] over a class axis.
+
+    Attributes:
+        ignore_index: class index whose positions count for nothing.
+        label_smoothing: share of the target spread evenly over all classes, in [0, 1].
+    """
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+
+
+class Loss(NamedTuple):
+    """One loss call without its tensors.
+
+    Attributes:
+        hyper: the operation's record, one of the above.
+        reduction: "none", "mean" or "sum".
+        dtype: the dtype of the result.
+    """
+
+    hyper: MSE | L1 | CrossEntropy
+    reduction: str
+    dtype: torch.dtype
+
+
+class SGD(NamedTuple):
+    """Attributes as in torch.optim.SGD.
+
+    grad_scale multiplies each gradient first: -1 to maximise, 1/scale under a GradScaler.
+    grad_share is 1 - dampening, or 1 at the first step of a momentum buffer.
+    """
+
+    grad_scale: float
+    lr: float
+    momentum: float
+    grad_share: float
+    weight_decay: float
+    nesterov: float
+
+
+class Adam(NamedTuple):
+    """Attributes as in torch.optim.Adam; grad_scale as in SGD.
+
+    param_decay is the factor on the parameter of decoupled weight decay, 1 - lr * decay.
+    """
+
+    grad_scale: float
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    param_decay: float
+
+
+class AdamStep(NamedTuple):
+    """Adam's constants at one step t, derived from Adam in float64.
+
+    step_size is lr / (1 - beta1**t), beta2_root is 1 / sqrt(1 - beta2**t), and the rests
+    are 1 - beta1 and 1 - beta2.
+    """
+
+    grad_scale: float
+    step_size: float
+    beta1_rest: float
+    beta2: float
+    beta2_rest: float
+    beta2_root: float
+    eps: float
+    weight_decay: float
+    param_decay: float
+
+
+class RMSprop(NamedTuple):
+    """Attributes as in torch.optim.RMSprop; grad_scale as in SGD; alpha_rest is 1 - alpha."""
+
+    grad_scale: float
+    lr: float
+    alpha: float
+    alpha_rest: float
+    eps: float
+    weight_decay: float
+    momentum: float
