@@ -1,0 +1,19 @@
+"""Compiled drop-in replacements for PyTorch's losses and optimizers, on CPU and GPU."""
+
+from . import dispatch, nn, optim
+from ._explain import Explanation, explain
+from .dispatch import use_backend
+from .errors import BackendUnavailable
+from .memory import empty_cache
+
+__all__ = [
+    "BackendUnavailable",
+    "Explanation",
+    "dispatch",
+    "empty_cache",
+    "explain",
+    "nn",
+    "optim",
+    "use_backend",
+]
+__version__ = "0.1.0"

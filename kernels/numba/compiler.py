@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import llvmlite
 import numba
+import torch
 from numba.core import caching, config, types
 from numba.extending import overload
 
@@ -118,6 +119,11 @@ def specialise(dispatcher: Any, *signature: types.Type) -> Callable[..., Any]:
 def record_type(record: type, compute: types.Type) -> types.Type:
     """The numba type of a hyperparameter record held in `compute` numbers."""
     return types.NamedUniTuple(compute, len(record._fields), record)  # type: ignore[attr-defined]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """"float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 @functools.cache

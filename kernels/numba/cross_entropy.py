@@ -20,8 +20,10 @@ import torch
 from numba.core import types
 
 from .. import hyper
+from ..layout import ClassAxis, class_axis
+from ..reference import out_of_bounds
 from . import memory
-from .compiler import Region, pointer, specialise
+from .compiler import dtype_name, Region, pointer, specialise
 from .softmax import check_targets
 from .softmax_rows import softmax_rows
 from .softmax_tiles import softmax_tiles
@@ -32,35 +34,6 @@ LONG_ROW = 64
 # Positions in a tile, fewer where a tile of that width would not fit a core's L2 cache.
 TILE_WIDTH, NARROW_WIDTH, TILE_BYTES = 64, 16, 1 << 19
 GRAIN = 16_384
-
-
-class _Layout(NamedTuple):
-    """Strides, in elements, of (N, C, d1, …) seen as (outer, class, inner)."""
-
-    classes: int
-    outer: int
-    inner: int
-    outer_stride: int
-    inner_stride: int
-    class_stride: int
-
-
-def layout(tensor: torch.Tensor) -> _Layout | None:
-    """How to walk a (C,), (N, C) or (N, C, d1, …) tensor; None if d1, … have no single stride."""
-    shape, strides = tuple(tensor.shape), tensor.stride()
-    if len(shape) == 1:
-        return _Layout(shape[0], 1, 1, 0, 0, strides[0])
-    if len(shape) == 2:
-        return _Layout(shape[1], 1, shape[0], 0, strides[0], strides[1])
-    inner, inner_stride = 1, 1
-    for size, stride in zip(reversed(shape[2:]), reversed(strides[2:]), strict=True):
-        if size != 1:
-            if inner == 1:
-                inner_stride = stride
-            elif stride != inner * inner_stride:
-                return None
-        inner *= size
-    return _Layout(shape[1], shape[0], inner, strides[0], inner_stride, strides[1])
 
 
 class _Call(NamedTuple):
@@ -105,8 +78,8 @@ def _prepare(options: hyper.Loss, tensors: tuple[torch.Tensor | None, ...]) -> _
     return _Call(input, target, None, weight, smooth, hard, record.ignore_index, denominator)
 
 
-def _layout_of(tensor: torch.Tensor) -> _Layout:
-    result = layout(tensor)
+def _layout_of(tensor: torch.Tensor) -> ClassAxis:
+    result = class_axis(tensor)
     assert result is not None, "dispatch admits only layouts that can be walked"
     return result
 
@@ -116,14 +89,14 @@ def _checked_weight(
 ) -> float:
     """The summed weight of all positions that count; IndexError for a target out of range."""
     result = torch.empty(2, dtype=torch.float64)
-    check = _target_check(_name(target), None if weight is None else _name(weight))
+    check = _target_check(dtype_name(target.dtype), None if weight is None else dtype_name(weight.dtype))
     check(
         target.data_ptr(), None if weight is None else weight.data_ptr(), result.data_ptr(),
         ignore_index, classes, target.numel(),
     )  # fmt: skip
     bad, used = result.tolist()
     if bad >= 0:
-        raise IndexError(f"Target {target.view(-1)[int(bad)].item()} is out of bounds.")
+        raise out_of_bounds(target, classes, ignore_index)
     return float(used)
 
 
@@ -175,7 +148,7 @@ def _run(
     if rows == 0:
         return
     pointwise = (call.target, call.probability, call.weight, call.smooth, losses, grad, upstream)
-    dtypes = [None if t is None else _name(t) for t in (call.input, *pointwise)]
+    dtypes = [None if t is None else dtype_name(t.dtype) for t in (call.input, *pointwise)]
     addresses = [None if t is None else t.data_ptr() for t in (call.input, *pointwise)]
     parts = min(parts_for(rows * x.classes, GRAIN), rows)
     if x.class_stride == 1 and (x.classes >= LONG_ROW or call.target is None):
@@ -203,12 +176,12 @@ def _run(
     )  # fmt: skip
 
 
-def _gradient_layout(x: _Layout) -> _Layout:
+def _gradient_layout(x: ClassAxis) -> ClassAxis:
     """Dense, with the classes last where the input has them last."""
     stride, classes, inner = x.inner * x.classes, x.classes, x.inner
     if x.class_stride == 1:
-        return _Layout(classes, x.outer, inner, stride, classes, 1)
-    return _Layout(classes, x.outer, inner, stride, 1, inner)
+        return ClassAxis(classes, x.outer, inner, stride, classes, 1)
+    return ClassAxis(classes, x.outer, inner, stride, 1, inner)
 
 
 def _empty_gradient(input: torch.Tensor) -> torch.Tensor:
@@ -263,7 +236,3 @@ def backward(
 def _inverse(denominator: float) -> float:
     """1 / denominator, where nothing counts inf: 0 * inf is the NaN that torch's mean gives."""
     return 1.0 / denominator if denominator else math.inf
-
-
-def _name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype)[6:]

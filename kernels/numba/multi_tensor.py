@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+import torch
 from numba import prange
 from numba.core import types
 
-from .compiler import kernel, pointer, region
+from .compiler import dtype_name, kernel, pointer, region
 from .formulas import constants, update
 from .pointer import Rows, at, at_each, cast_record, load, load_each, read_row, store, store_each
 from .threads import Launcher, parts_for
@@ -94,15 +95,18 @@ def update_all(
 
 @functools.cache
 def launcher(
-    record: type, slots: tuple[str | None, ...], grad: str, step: str | None
+    record: type,
+    slots: tuple[torch.dtype | None, ...],
+    grad: torch.dtype,
+    step: torch.dtype | None,
 ) -> tuple[Launcher, tuple[int | None, ...]]:
     """The compiled update for one kind of bucket, and the tag to call it with.
 
     Args:
         record: type of the hyperparameter record.
-        slots: dtype names of the parameter and of each state, None for an unused state.
-        grad: dtype name of the gradients.
-        step: dtype name of the step counters, or None.
+        slots: dtypes of the parameter and of each state, None for an unused state.
+        grad: dtype of the gradients.
+        step: dtype of the step counters, or None.
 
     Call it as ``launcher(parts, rows, row_of, offsets, table, tensors, *tag)`` where
     rows is the address of the float64 record table, row_of that of each tensor's row,
@@ -110,8 +114,10 @@ def launcher(
     of the int64 addresses, one line of `tensors` entries for each slot (also unused
     ones), then one for the gradients, then one for the step counters.
     """
-    compute = "float64" if slots[0] == "float64" else "float32"
-    slot_types = [types.none if d is None else pointer(d, k, compute) for k, d in enumerate(slots)]
+    compute = "float64" if slots[0] == torch.float64 else "float32"
+    slot_types = [
+        types.none if d is None else pointer(dtype_name(d), k, compute) for k, d in enumerate(slots)
+    ]
     index = pointer("int64", 7)
     compiled = Launcher(
         update_all,
@@ -121,8 +127,8 @@ def launcher(
         index,
         types.intp,
         types.Tuple(slot_types),
-        pointer(grad, len(slots), compute),
-        types.none if step is None else pointer(step, 7, step),
+        pointer(dtype_name(grad), len(slots), compute),
+        types.none if step is None else pointer(dtype_name(step), 7, dtype_name(step)),
     )
     tag = (tuple(None if d is None else 0 for d in slots), 0, None if step is None else 0)
     return compiled, tag

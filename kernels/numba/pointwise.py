@@ -7,6 +7,7 @@ sum, the gradients. What is not wanted is None, and not compiled.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from numba.core import types
 
 from .. import hyper
 from . import memory
-from .compiler import pointer, record_type, region, summing_kernel
+from .compiler import dtype_name, pointer, record_type, region, summing_kernel
 from .formulas import value_and_grad
 from .pointer import load, store
 from .threads import Launcher, parts_for
@@ -83,7 +84,7 @@ def _run(
     """Launch over (input, target, values, grad_input, grad_target, upstream); sums if `reduce`."""
     count = tensors[0].numel()  # type: ignore[union-attr]
     sums = torch.empty(-(-count // CHUNK), dtype=torch.float64) if reduce else None
-    dtypes = [None if t is None else str(t.dtype)[6:] for t in tensors]
+    dtypes = [None if t is None else dtype_name(t.dtype) for t in tensors]
     launch = _launcher(type(record), *dtypes, "float64" if reduce else None)
     addresses = [None if t is None else t.data_ptr() for t in (*tensors, sums)]
     launch(parts_for(count, GRAIN), record, *addresses, scale, count)
@@ -112,7 +113,9 @@ def forward(
     scale = _scale(options, input)
     sums = _run(options.hyper, (input, target, None, *grads, None), True, scale)
     assert sums is not None
-    return (sums.sum() * scale).to(options.dtype), grads if any(needs) else None
+    # NumPy's sum, because the order of torch's depends on the number of threads
+    loss = torch.tensor(float(sums.numpy().sum()) * scale, dtype=options.dtype)
+    return loss, grads if any(needs) else None
 
 
 def backward(
@@ -137,4 +140,6 @@ def backward(
 
 
 def _scale(options: hyper.Loss, input: torch.Tensor) -> float:
-    return 1.0 / input.numel() if options.reduction == "mean" else 1.0
+    if options.reduction != "mean":
+        return 1.0
+    return 1.0 / input.numel() if input.numel() else math.nan

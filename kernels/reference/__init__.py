@@ -1,0 +1,57 @@
+"""Torch itself: any device, any dtype, any order of derivative. The semantics.
+
+The other backends fall back to it, take second derivatives from it, and are tested
+against it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from .. import hyper
+
+__all__ = ["loss", "out_of_bounds"]
+
+
+def loss(options: hyper.Loss, tensors: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
+    """The loss by torch's own functions, differentiable to any order.
+
+    Args:
+        options: the call without its tensors; its dtype is that of the result.
+        tensors: as the public function takes them.
+    """
+    compute = tuple(
+        t.to(options.dtype) if t is not None and t.is_floating_point() else t for t in tensors
+    )
+    with torch.autocast(compute[0].device.type, enabled=False):  # type: ignore[union-attr]
+        return _LOSSES[type(options.hyper)](options, *compute)
+
+
+def _cross_entropy(
+    options: hyper.Loss,
+    input: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+) -> torch.Tensor:
+    assert isinstance(options.hyper, hyper.CrossEntropy)
+    return F.cross_entropy(
+        input, target, weight, reduction=options.reduction, **options.hyper._asdict()
+    )
+
+
+_LOSSES = {
+    hyper.MSE: lambda options, *tensors: F.mse_loss(*tensors, reduction=options.reduction),
+    hyper.L1: lambda options, *tensors: F.l1_loss(*tensors, reduction=options.reduction),
+    hyper.CrossEntropy: _cross_entropy,
+}
+
+
+def out_of_bounds(target: torch.Tensor, classes: int, ignore_index: int) -> IndexError:
+    """Torch's error for a class index out of range, and where it is and what would be right."""
+    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    index = tuple(bad.nonzero()[0].tolist())
+    return IndexError(
+        f"Target {target[index].item()} is out of bounds. It is target{list(index)}; allowed are "
+        f"0 to {classes - 1} ({classes} classes) and ignore_index={ignore_index}"
+    )

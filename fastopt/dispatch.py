@@ -1,0 +1,301 @@
+"""Which backend runs a call, and why not each other one: data, not control flow.
+
+A :class:`Request` summarises a call without its tensors. Each :class:`Backend` is an
+ordered list of :class:`Rule`; one that refuses gives its reason, with the actual and the
+supported values. :func:`choose` walks the registry in order of priority and remembers
+its decision, so that the hot path is one dictionary look-up, and so that the GPU's
+rules can be tested on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from .errors import BackendUnavailable
+
+__all__ = ["BACKENDS", "Backend", "Decision", "Request", "Rule", "choose", "load", "use_backend"]
+
+
+class Request(NamedTuple):
+    """One call, without its tensors.
+
+    Attributes:
+        operation: the public function's or class's name in torch, e.g. "cross_entropy".
+        device: device type, e.g. "cpu".
+        dtypes: of the tensors, in the order of the operation's arguments; for an optimizer
+            of the parameter, the gradient and the states.
+        numel: elements to process; for an optimizer those of all tensors together.
+        special: what makes this call one that only torch itself serves, as words for the
+            reader; empty for the usual call.
+        capability: compute capability (major, minor) of a CUDA device, else None.
+        insisted: the backend named in use_backend, else None.
+    """
+
+    operation: str
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    numel: int
+    special: tuple[str, ...] = ()
+    capability: tuple[int, int] | None = None
+    insisted: str | None = None
+
+
+class Rule(NamedTuple):
+    """A condition for a backend to serve a request.
+
+    Attributes:
+        holds: whether it is met.
+        reason: why not, in one sentence with the actual and the supported values.
+        advisory: a matter of speed, set aside when the backend is insisted on.
+    """
+
+    holds: Callable[[Request], bool]
+    reason: Callable[[Request], str]
+    advisory: bool = False
+
+
+class Backend(NamedTuple):
+    """A way to compute: its name, the module with its launchers, its rules."""
+
+    name: str
+    module: str
+    rules: tuple[Rule, ...]
+
+    def refusals(self, request: Request) -> tuple[str, ...]:
+        """Every reason why this backend can't (or, unless insisted on, shouldn't) serve."""
+        return tuple(
+            rule.reason(request)
+            for rule in self.rules
+            if not (rule.advisory and request.insisted == self.name) and not rule.holds(request)
+        )
+
+
+class Decision(NamedTuple):
+    """The outcome for one request; ``str`` of it is what :func:`fastopt.explain` prints."""
+
+    request: Request
+    backend: str
+    refusals: Mapping[str, tuple[str, ...]]
+
+    @property
+    def insisted(self) -> str | None:
+        """The backend named in use_backend, if any."""
+        return self.request.insisted
+
+    def __str__(self) -> str:
+        r = self.request
+        dtypes = ", ".join(map(_name, r.dtypes))
+        head = f"{r.operation} on {r.device}, {dtypes}, {r.numel:,} elements: {self.backend}"
+        if r.insisted:
+            head += " (insisted on with use_backend)"
+        lines = [head]
+        for name, reasons in self.refusals.items():
+            lines += [f"  not {name}: {reason}" for reason in reasons]
+        return "\n".join(lines)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _names(values: object) -> str:
+    return ", ".join(sorted(_name(v) if isinstance(v, torch.dtype) else str(v) for v in values))  # type: ignore[attr-defined]
+
+
+# -- the rules' building blocks ------------------------------------------------------
+
+_FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+_HALVES = frozenset({torch.bfloat16, torch.float16})
+_LABELS = frozenset({torch.int64, torch.uint8})
+LOSSES = frozenset({"mse_loss", "l1_loss", "cross_entropy"})
+OPTIMIZERS = frozenset({"SGD", "Adam", "AdamW", "RMSprop"})
+
+
+def _installed(module: str) -> Rule:
+    return Rule(
+        lambda r: _found(module),
+        lambda r: f"the package {module} is not installed (pip install {module})",
+    )
+
+
+@functools.cache
+def _found(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _one_of(what: Callable[[Request], str], supported: frozenset[str], label: str) -> Rule:
+    return Rule(
+        lambda r: what(r) in supported,
+        lambda r: f"{label}={what(r)} (supported: {_names(supported)})",
+    )
+
+
+_COMMON = (
+    _one_of(lambda r: r.operation, LOSSES | OPTIMIZERS, "operation"),
+    Rule(
+        lambda r: not r.special,
+        lambda r: f"{'; '.join(r.special)} (supported: none of these)",
+    ),
+    Rule(
+        lambda r: all(d in _FLOATS for d in r.dtypes if d not in _LABELS)
+        and all(d in _FLOATS for d in r.dtypes[:1]),
+        lambda r: f"dtypes={_names(r.dtypes)} (supported: {_names(_FLOATS)})",
+    ),
+    Rule(
+        lambda r: not (torch.float64 in r.dtypes and _HALVES & set(r.dtypes)),
+        lambda r: f"dtypes={_names(r.dtypes)} (supported: float64 with float64 and float32 only)",
+    ),
+)
+
+
+# -- the numba backend: CPU ----------------------------------------------------------
+
+# Elements from which the compiled path is at least as fast as torch's own (forward and
+# backward), measured with bench/run.py on 2 cores with AVX-512. Below, what a call costs
+# before any kernel runs decides, and torch's C++ has less of that than Python.
+# Optimizers count tensors' fixed costs too, so theirs pays off from the first element.
+CROSSOVER = {"mse_loss": 4096, "l1_loss": 4096, "cross_entropy": 128}
+
+
+@functools.cache
+def _jit_enabled() -> bool:
+    from numba.core import config
+
+    return not config.DISABLE_JIT
+
+
+@functools.cache
+def _converts_float16() -> bool:
+    """Whether the CPU converts half precision by itself; LLVM would call a missing function."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    import llvmlite.binding
+
+    return bool(llvmlite.binding.get_host_cpu_features().get("f16c", False))
+
+
+_NUMBA = Backend(
+    "numba",
+    "fastopt.kernels.numba",
+    (
+        _one_of(lambda r: r.device, frozenset({"cpu"}), "device"),
+        *_COMMON,
+        _installed("numba"),
+        Rule(
+            lambda r: not _found("numba") or _jit_enabled(),
+            lambda r: "NUMBA_DISABLE_JIT is set (supported: unset)",
+        ),
+        Rule(
+            lambda r: torch.float16 not in r.dtypes or _converts_float16(),
+            lambda r: "float16 on a CPU without F16C instructions",
+        ),
+        Rule(
+            lambda r: r.numel >= CROSSOVER.get(r.operation, 0),
+            lambda r: (
+                f"{r.numel} elements, fewer than the {CROSSOVER.get(r.operation, 0)} "
+                "from which compiled code pays off"
+            ),
+            advisory=True,
+        ),
+    ),
+)
+
+
+# -- the triton backend: GPU ---------------------------------------------------------
+
+# Operations with a kernel in fastopt.kernels.triton.
+TRITON_OPERATIONS: frozenset[str] = frozenset()
+_MINIMUM_CAPABILITY = (8, 0)
+
+_TRITON = Backend(
+    "triton",
+    "fastopt.kernels.triton",
+    (
+        _one_of(lambda r: r.device, frozenset({"cuda", "xpu"}), "device"),
+        _one_of(lambda r: r.operation, TRITON_OPERATIONS, "operation"),
+        *_COMMON,
+        _installed("triton"),
+        Rule(
+            lambda r: r.capability is None or r.capability >= _MINIMUM_CAPABILITY,
+            lambda r: (
+                f"compute capability {r.capability} (supported: {_MINIMUM_CAPABILITY} and newer)"
+            ),
+        ),
+    ),
+)
+
+_REFERENCE = Backend("reference", "fastopt.kernels.reference", ())
+
+#: The registry, in order of priority. The reference serves everything.
+BACKENDS: dict[str, Backend] = {b.name: b for b in (_TRITON, _NUMBA, _REFERENCE)}
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(request: Request) -> Decision:
+    """The backend for a request.
+
+    Raises:
+        BackendUnavailable: the backend insisted on can't serve it.
+    """
+    refusals: dict[str, tuple[str, ...]] = {}
+    chosen = None
+    for name, backend in BACKENDS.items():
+        reasons = backend.refusals(request)
+        if request.insisted not in (None, name):
+            reasons = (*reasons, f"use_backend({request.insisted!r}) insists on another")
+        if not reasons and chosen is None:
+            chosen = name
+        elif reasons:
+            refusals[name] = reasons
+    if chosen is None:
+        raise BackendUnavailable(Decision(request, "none", refusals))
+    return Decision(request, chosen, refusals)
+
+
+@functools.cache
+def load(name: str) -> ModuleType:
+    """The module of a backend, imported on first use."""
+    return importlib.import_module(BACKENDS[name].module)
+
+
+_insisted: ContextVar[str | None] = ContextVar("fastopt_backend", default=None)
+insisted = _insisted.get
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Insist on one backend for every call inside the ``with`` block.
+
+    What counts is where the call is made; for an optimizer that is ``step``, and the
+    backward pass of a loss keeps the backend of its forward pass. Concerns the current
+    thread and the tasks it starts.
+
+    Args:
+        name: "triton", "numba" or "reference".
+
+    Raises:
+        ValueError: no such backend.
+        BackendUnavailable: (in the calls) the backend can't serve one; nothing has been
+            written. Its message holds every reason.
+
+    Example:
+        >>> with fastopt.use_backend("reference"):
+        ...     loss = fastopt.nn.functional.mse_loss(input, target)
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"no backend {name!r} (available: {', '.join(BACKENDS)})")
+    token = _insisted.set(name)
+    try:
+        yield
+    finally:
+        _insisted.reset(token)

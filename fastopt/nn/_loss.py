@@ -1,0 +1,202 @@
+"""The way of every loss: request, decision, launcher, autograd. Holds no maths."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function
+
+from .. import dispatch
+from ..dispatch import Decision, Request
+from ..errors import BackendUnavailable
+from ..kernels import hyper, reference
+
+P = ParamSpec("P")
+Tensors = tuple[Tensor | None, ...]
+
+_REDUCTIONS = ("none", "mean", "sum")
+_HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Call(NamedTuple):
+    """One call of a loss, analysed but not yet run."""
+
+    request: Request
+    options: hyper.Loss
+    tensors: Tensors
+
+
+def prepare(
+    operation: str,
+    record: hyper.MSE | hyper.L1 | hyper.CrossEntropy,
+    reduction: str,
+    dtype: torch.dtype,
+    tensors: Tensors,
+    special: list[str],
+) -> Call:
+    """Summarise a call.
+
+    Args:
+        operation: name of the function in torch.nn.functional.
+        record: its hyperparameters.
+        reduction: "none", "mean" or "sum".
+        dtype: of the result, outside of autocast.
+        tensors: its tensors, None for one that wasn't given; the first one is the input.
+        special: what the operation itself knows to be beyond the compiled backends.
+    """
+    input = tensors[0]
+    assert input is not None
+    special += _circumstances(tensors)
+    if reduction not in _REDUCTIONS:
+        special.append(f"reduction={reduction!r}")
+    device = input.device.type
+    if torch.is_autocast_enabled(device):
+        # Losses are on autocast's float32 list. A kernel computes in float32 anyway and
+        # writes each gradient in its tensor's own dtype, so no cast copies are needed.
+        dtype = torch.float32
+        if any(t is not None and t.dtype not in _HALF_OR_SINGLE for t in tensors
+               if t is not None and t.is_floating_point()):  # fmt: skip
+            special.append("autocast with a dtype that it leaves alone")
+    request = Request(
+        operation,
+        device,
+        tuple(t.dtype for t in tensors if t is not None),
+        input.numel(),
+        tuple(special),
+        torch.cuda.get_device_capability(input.device) if device == "cuda" else None,
+        dispatch.insisted(),
+    )
+    return Call(request, hyper.Loss(record, reduction, dtype), tensors)
+
+
+def _circumstances(tensors: Tensors) -> list[str]:
+    """What around this call only torch itself can follow."""
+    found = []
+    given = [t for t in tensors if t is not None]
+    first = given[0].device
+    for t in given:
+        if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+            found.append(f"a tensor of type {type(t).__name__}")
+        elif t.layout is not torch.strided:
+            found.append(f"layout={t.layout}")
+        elif t.is_neg():
+            found.append("a lazily negated tensor")
+        if t.device != first:
+            found.append("tensors on different devices")
+    if has_torch_function(given):
+        found.append("a torch function override")
+    if torch._C._are_functorch_transforms_active():
+        found.append("a torch.func transform")
+    if torch.autograd.forward_ad._current_level >= 0:
+        found.append("forward-mode differentiation")
+    if torch.compiler.is_compiling():
+        found.append("torch.compile")
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        found.append("tracing")
+    return found
+
+
+def evaluate(call: Call) -> Tensor | None:
+    """The loss, or None where the reference is to compute it from the original arguments.
+
+    Raises:
+        BackendUnavailable: the backend insisted on can't serve the call.
+    """
+    decision = dispatch.choose(call.request)
+    if decision.backend == "reference":
+        return None
+    backend = dispatch.load(decision.backend)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call.tensors):
+        result: Tensor = _FusedLoss.apply(backend, call.options, *call.tensors)  # type: ignore[no-untyped-call]
+        return result
+    loss: Tensor = backend.forward(call.options, call.tensors, (False,) * len(call.tensors))[0]
+    return loss
+
+
+class _FusedLoss(torch.autograd.Function):
+    """Any loss by any compiled backend.
+
+    The forward pass may leave the gradients for a grad_output of 1 behind, which is what
+    the usual ``loss.backward()`` asks for; it hands them over, once. Everything else (a
+    scaled or per-sample grad_output, a second backward) is computed from the inputs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, backend: Any, options: hyper.Loss, *tensors: Tensor | None) -> Tensor:
+        loss, ctx.grads = backend.forward(options, tensors, ctx.needs_input_grad[2:])
+        ctx.backend, ctx.options = backend, options
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        result: Tensor = loss
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (grad_output,) = grad_outputs
+        needs = ctx.needs_input_grad[2:]
+        grads, ctx.grads = ctx.grads, None
+        if grad_output is None:
+            return (None,) * (2 + len(needs))
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = _differentiable_grads(ctx.options, ctx.saved_tensors, grad_output, needs)
+        elif grads is None or not _is_one(grad_output):
+            del grads
+            grads = ctx.backend.backward(ctx.options, ctx.saved_tensors, grad_output, needs)
+        return (None, None, *grads)
+
+
+def _is_one(grad_output: Tensor) -> bool:
+    # Reading a value would make a GPU wait; those backends leave no gradients behind.
+    return grad_output.dim() == 0 and grad_output.item() == 1.0
+
+
+def _differentiable_grads(
+    options: hyper.Loss, tensors: Tensors, grad_output: Tensor, needs: tuple[bool, ...]
+) -> Tensors:
+    """The gradients as a graph of torch's own operations."""
+    # Views, so that an input given twice counts once per place.
+    inputs = tuple(
+        t.view_as(t) if need and t is not None else t for t, need in zip(tensors, needs, strict=True)
+    )
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
+    loss = reference.loss(options, inputs)
+    grads = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=True))
+    return tuple(next(grads) if need else None for need in needs)
+
+
+def loss_function(
+    analyse: Callable[P, Call | None], fallback: Callable[..., Tensor]
+) -> Callable[[Callable[P, None]], Callable[P, Tensor]]:
+    """Decorator: a public function (its body is only its docstring) from its analysis.
+
+    Args:
+        analyse: summarises a call from the public function's arguments; None for arguments
+            of which torch has to say what is wrong with them.
+        fallback: torch's own function, with the same arguments.
+    """
+
+    def decorate(documented: Callable[P, None]) -> Callable[P, Tensor]:
+        @functools.wraps(documented)
+        def function(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+            try:
+                call = analyse(*args, **kwargs)
+                loss = None if call is None else evaluate(call)
+            except BackendUnavailable:
+                fallback(*args, **kwargs)  # bad input gets torch's own error, first of all
+                raise
+            return fallback(*args, **kwargs) if loss is None else loss
+
+        def decide(*args: P.args, **kwargs: P.kwargs) -> Decision:
+            call = analyse(*args, **kwargs)
+            if call is None:
+                raise TypeError("input and target must be tensors")
+            return dispatch.choose(call.request)
+
+        function.decide = decide  # type: ignore[attr-defined]
+        return function
+
+    return decorate

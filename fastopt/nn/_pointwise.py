@@ -1,0 +1,42 @@
+"""What the elementwise losses of two tensors share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import hyper
+from ..kernels.layout import same_layout
+from ._loss import Call, prepare
+
+
+def analyse(
+    operation: str,
+    record: hyper.MSE | hyper.L1,
+    input: Any,
+    target: Any,
+    size_average: bool | None,
+    reduce: bool | None,
+    reduction: str,
+    weight: Any,
+) -> Call | None:
+    """Summarise a call of (input, target); None for arguments that are no tensors."""
+    if not isinstance(input, Tensor) or not isinstance(target, Tensor):
+        return None
+    special = []
+    if size_average is not None or reduce is not None:
+        special.append("the deprecated size_average or reduce")
+    if weight is not None:
+        special.append("an elementwise weight")
+    if not target.is_floating_point():
+        special.append(f"a target of dtype {target.dtype}")
+    if input.shape != target.shape:
+        special.append(f"sizes {tuple(input.shape)} and {tuple(target.shape)} to broadcast")
+    elif not same_layout(input, target):
+        special.append(f"strides {input.stride()} and {target.stride()}")
+    dtype = input.dtype
+    if target.dtype != dtype:
+        dtype = torch.promote_types(dtype, target.dtype)
+    return prepare(operation, record, reduction, dtype, (input, target), special)

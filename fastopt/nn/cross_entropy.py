@@ -1,0 +1,179 @@
+"""Cross-entropy of logits against class indices or class probabilities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..kernels import hyper
+from ..kernels.layout import class_axis
+from ..kernels.reference import out_of_bounds
+from ._loss import Call, loss_function, prepare
+
+__all__ = ["CrossEntropyLoss", "cross_entropy"]
+
+_LABELS = (torch.int64, torch.uint8)
+
+
+def _analyse(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Call | None:
+    if not isinstance(input, Tensor) or not isinstance(target, Tensor):
+        return None
+    special = []
+    if size_average is not None or reduce is not None:
+        special.append("the deprecated size_average or reduce")
+    if not (type(ignore_index) is int and type(label_smoothing) in (float, int)):
+        special.append(f"{ignore_index=} and {label_smoothing=} of unusual types")
+    elif not 0.0 <= label_smoothing <= 1.0:
+        special.append(f"{label_smoothing=}")
+    axis = class_axis(input) if input.dim() and input.layout is torch.strided else None
+    if axis is None or axis.classes == 0:
+        special.append(f"input of size {tuple(input.shape)} and strides {_strides(input)}")
+    elif target.is_floating_point():
+        special += _probability_specials(input, target, ignore_index)
+    elif target.shape != input.shape[:1] * (input.dim() > 1) + input.shape[2:]:
+        special.append(f"sizes {tuple(input.shape)} and {tuple(target.shape)}")
+    elif target.dtype not in _LABELS:
+        special.append(f"a target of dtype {target.dtype}")
+    if weight is not None:
+        if axis is None or weight.shape != (axis.classes,):
+            special.append(f"a weight of size {tuple(weight.shape)}")
+        elif weight.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+            special.append(f"a weight of dtype {weight.dtype} for an input of {input.dtype}")
+        if weight.requires_grad:
+            special.append("a gradient to the weight")
+    record = hyper.CrossEntropy(ignore_index, label_smoothing)
+    return prepare(
+        "cross_entropy", record, reduction, input.dtype, (input, target, weight), special
+    )
+
+
+def _strides(tensor: Tensor) -> Any:
+    return tensor.stride() if tensor.layout is torch.strided else tensor.layout
+
+
+def _probability_specials(input: Tensor, target: Tensor, ignore_index: int) -> list[str]:
+    special = []
+    if target.shape != input.shape:
+        return [f"sizes {tuple(input.shape)} and {tuple(target.shape)}"]
+    if target.dtype != input.dtype:
+        special.append(f"probabilities of dtype {target.dtype} for an input of {input.dtype}")
+    if target.requires_grad:
+        special.append("a gradient to the probabilities")
+    if ignore_index >= 0:
+        special.append(f"{ignore_index=} with probabilities")
+    x, t = class_axis(input), class_axis(target)
+    if x is None or t is None or x.class_stride != 1 or t.class_stride != 1:
+        special.append("probabilities whose classes do not lie side by side")
+    return special
+
+
+def _torch_cross_entropy(*args: Any, **kwargs: Any) -> Tensor:
+    if torch.compiler.is_compiling():
+        return F.cross_entropy(*args, **kwargs)
+    try:
+        return F.cross_entropy(*args, **kwargs)
+    except IndexError as error:
+        if "out of bounds" not in str(error):
+            raise
+        call = _analyse(*args, **kwargs)
+        assert call is not None
+        input, target = call.tensors[:2]
+        assert input is not None and target is not None
+        assert isinstance(call.options.hyper, hyper.CrossEntropy)
+        classes = input.shape[min(1, input.dim() - 1)]
+        raise out_of_bounds(target, classes, call.options.hyper.ignore_index) from None
+
+
+@loss_function(_analyse, _torch_cross_entropy)
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> None:
+    r"""Cross-entropy, :math:`-\log \mathrm{softmax}(x)_y`, of unnormalised logits.
+
+    With class weights w and smoothing ε a position's loss is
+    :math:`-\sum_c w_c\, t_c \log \mathrm{softmax}(x)_c`, where
+    :math:`t_c = (1 - ε)\,[c = y] + ε / C` for a class index y, and
+    :math:`(1 - ε)\, y_c + ε / C` for probabilities y.
+
+    Args:
+        input: logits, (C,), (N, C) or (N, C, d1, …), with any strides; float64, float32,
+            bfloat16 or float16. It is never written to.
+        target: class indices, int64 or uint8, of input's shape without C; or probabilities
+            of input's shape and dtype.
+        weight: a weight for each class, (C,), of input's dtype.
+        size_average, reduce: deprecated, as in torch.
+        ignore_index: class index of positions that count for nothing.
+        reduction: "none" gives a value per position, "sum" adds them up, "mean" divides that
+            by the summed weight of the positions that count (NaN if none does), and for
+            probabilities by the number of positions.
+        label_smoothing: ε, in [0, 1].
+
+    Returns:
+        A tensor of input's dtype (float32 under autocast).
+
+    Raises:
+        IndexError: a class index out of range; names it, its place and the classes.
+        RuntimeError, ValueError, TypeError: as torch does, for shapes or dtypes that don't
+            go together and unknown reductions.
+
+    Example:
+        >>> logits = model(tokens)                                   # (batch, length, vocab)
+        >>> loss = fastopt.nn.functional.cross_entropy(logits.transpose(1, 2), next_tokens)
+
+    Reference: :func:`torch.nn.functional.cross_entropy`. It differs in one case: where the
+    logits are changed in place between the forward and the backward pass, backward raises
+    unless it is the plain ``loss.backward()``, because the logits themselves are kept for it,
+    not a copy of their softmax.
+    """
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    r"""Cross-entropy of logits as a module.
+
+    Args:
+        weight: a weight for each class, (C,).
+        size_average, reduce: deprecated, as in torch.
+        ignore_index: class index of positions that count for nothing.
+        reduction: "none", "mean" (default) or "sum".
+        label_smoothing: share of the target spread over all classes, in [0, 1].
+
+    Formula, shapes, dtypes and errors: see :func:`fastopt.nn.functional.cross_entropy`.
+
+    Example:
+        >>> criterion = fastopt.nn.CrossEntropyLoss(label_smoothing=0.1)
+        >>> criterion(model(images), labels).backward()
+
+    Reference: :class:`torch.nn.CrossEntropyLoss`
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(input, target, **self._options())
+
+    _function = staticmethod(cross_entropy)
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "weight": self.weight,
+            "ignore_index": self.ignore_index,
+            "reduction": self.reduction,
+            "label_smoothing": self.label_smoothing,
+        }

@@ -1,0 +1,211 @@
+"""Which parameters can share a launch, and which backend serves each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..dispatch import Decision, Request
+from ..kernels.layout import is_dense, same_layout
+
+if TYPE_CHECKING:
+    from ._planned import PlannedStep
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_COUNTERS = (torch.float32, torch.float64)
+
+
+class Kind(NamedTuple):
+    """What the parameters of one launch have in common.
+
+    Attributes:
+        device: their device.
+        param, grad: dtypes.
+        slots: dtype of each state in the order of the optimizer's slots, None if not in use.
+        step: dtype of the step counters, None if the optimizer has none.
+        special: why only torch can serve them, in words.
+    """
+
+    device: torch.device
+    param: torch.dtype
+    grad: torch.dtype
+    slots: tuple[torch.dtype | None, ...]
+    step: torch.dtype | None
+    special: tuple[str, ...]
+
+
+class Member(NamedTuple):
+    """A parameter to update, and the place of its group."""
+
+    param: Tensor
+    group: int
+
+
+class Share(NamedTuple):
+    """The members of one kind, and who serves them."""
+
+    kind: Kind
+    decision: Decision
+    members: list[Member]
+
+
+def shares(optimizer: PlannedStep, without_grads: bool = False) -> list[Share]:
+    """Sort the parameters that have a gradient by kind, and decide for each kind.
+
+    Args:
+        optimizer: nothing of it is changed.
+        without_grads: count parameters without a gradient as if they had one of their own
+            dtype and layout.
+
+    Raises:
+        BackendUnavailable: the backend insisted on can't serve one of them.
+    """
+    by_kind: dict[Kind, list[Member]] = {}
+    touched: list[Tensor] = []
+    read: list[Tensor] = []
+    for place, group in enumerate(optimizer.param_groups):
+        for param in group["params"]:
+            grad = param.grad
+            if grad is None:
+                if not without_grads:
+                    continue
+                grad = param
+            else:
+                read.append(grad)
+            state = optimizer.state.get(param, {})
+            kind = _kind(optimizer, group, param, grad, state)
+            by_kind.setdefault(kind, []).append(Member(param, place))
+            touched.append(param)
+            touched += [t for t in state.values() if isinstance(t, Tensor)]
+    if _share_memory(touched, read):
+        merged: dict[Kind, list[Member]] = {}
+        for kind, members in by_kind.items():
+            reason = "parameters, states or gradients that share memory"
+            kind = kind._replace(special=(*kind.special, reason))
+            merged.setdefault(kind, []).extend(members)
+        by_kind = merged
+    return [
+        Share(kind, dispatch.choose(_request(optimizer, kind, members)), members)
+        for kind, members in by_kind.items()
+    ]
+
+
+def _request(optimizer: PlannedStep, kind: Kind, members: list[Member]) -> Request:
+    device = kind.device
+    return Request(
+        optimizer._operation,
+        device.type,
+        (kind.param, kind.grad, *(d for d in kind.slots if d is not None)),
+        sum(m.param.numel() for m in members),
+        kind.special,
+        torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+        dispatch.insisted(),
+    )
+
+
+def _kind(
+    optimizer: PlannedStep,
+    group: dict[str, Any],
+    param: Tensor,
+    grad: Tensor,
+    state: dict[str, Any],
+) -> Kind:
+    special = [f"{flag}=True" for flag in ("differentiable", "capturable") if group.get(flag)]
+    special += _layout_specials(param, grad)
+    slots: list[torch.dtype | None] = []
+    for name in optimizer._slots:
+        value = state.get(name)
+        if name not in optimizer._active(group):
+            slots.append(None)
+        elif value is None:
+            slots.append(param.dtype)
+        elif type(value) is not Tensor or value.device != param.device:
+            special.append(f"state {name!r} of another type or device than the parameter's")
+        elif not special and not same_layout(param, value):
+            special.append(f"state {name!r} of another layout than the parameter's")
+        else:
+            slots.append(value.dtype)
+    step = None
+    if optimizer._counts_steps:
+        counter = state.get("step")
+        step = _default_counter()
+        if counter is not None:
+            if (
+                type(counter) is not Tensor
+                or counter.device.type != "cpu"
+                or counter.numel() != 1
+                or counter.dtype not in _COUNTERS
+            ):
+                special.append(f"state 'step' that is no number on the CPU: {counter!r}")
+            else:
+                step = counter.dtype
+    return Kind(param.device, param.dtype, grad.dtype, tuple(slots), step, tuple(special))
+
+
+def _default_counter() -> torch.dtype:
+    """The dtype that torch gives new step counters."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+def _layout_specials(param: Tensor, grad: Tensor) -> list[str]:
+    for name, tensor in (("parameter", param), ("gradient", grad)):
+        if type(tensor) not in _PLAIN:
+            return [f"a {name} of type {type(tensor).__name__}"]
+        if tensor.layout is not torch.strided:
+            return [f"a {name} of layout {tensor.layout}"]
+        if tensor.is_neg() or tensor.is_conj():
+            return [f"a lazily negated or conjugated {name}"]
+    if grad.device != param.device:
+        return [f"a gradient on {grad.device} for a parameter on {param.device}"]
+    if not is_dense(param):
+        return [f"a parameter with gaps or overlaps: strides {tuple(param.stride())}"]
+    if not same_layout(param, grad):
+        return [
+            f"a gradient of another layout: strides {tuple(grad.stride())} "
+            f"for {tuple(param.stride())}"
+        ]
+    return []
+
+
+# -- memory that is written must belong to one tensor --------------------------------
+
+
+class Spans:
+    """The stretches of memory that some tensors occupy."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        spans = sorted(_span(t) for t in tensors if t.layout is torch.strided and t.numel())
+        self._starts = np.array([s[0] for s in spans], np.int64)
+        self._ends = np.array([s[1] for s in spans], np.int64)
+
+    def overlap_among_themselves(self) -> bool:
+        return bool((self._ends[:-1] > self._starts[1:]).any())
+
+    def overlap(self, starts: Sequence[int], ends: np.ndarray) -> bool:
+        """Whether any span [start, end) overlaps one of these, which must not overlap."""
+        if not len(self._ends):
+            return False
+        first = np.searchsorted(self._ends, np.asarray(starts, np.int64), side="right")
+        inside = first < len(self._ends)
+        return bool((self._starts[first[inside]] < ends[inside]).any())
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    start = tensor.data_ptr()
+    reach = sum(
+        stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+    return start, start + (reach + 1) * tensor.element_size()
+
+
+def _share_memory(written: Sequence[Tensor], read: Sequence[Tensor]) -> bool:
+    spans = Spans(written)
+    if spans.overlap_among_themselves():
+        return True
+    plain = [_span(t) for t in read if t.layout is torch.strided and t.numel()]
+    return spans.overlap([s[0] for s in plain], np.array([s[1] for s in plain], np.int64))

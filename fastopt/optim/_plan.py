@@ -1,0 +1,203 @@
+"""The step plan: everything about an optimizer's step that stays true from step to step.
+
+Parameters are sorted into buckets that one launch can serve, and a bucket holds the
+address of each of its tensors in one table. Addresses go stale in many ways
+(``p.data = …``, ``load_state_dict``, a gradient that is None), so each step first proves
+every line of the table, at some 0.5 µs a parameter, and a plan that doesn't hold is made
+anew. A plan keeps the tensors whose addresses it keeps.
+"""
+
+from __future__ import annotations
+
+from itertools import chain, starmap
+from operator import attrgetter, is_, itemgetter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ._kinds import Share, Spans, shares
+
+if TYPE_CHECKING:
+    from ._planned import PlannedStep
+
+_data_ptr, _stride, _numel = Tensor.data_ptr, Tensor.stride, Tensor.numel
+_grad, _dtype, _params = attrgetter("grad"), attrgetter("dtype"), itemgetter("params")
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two sized iterables hold the same objects in the same order."""
+    return len(a) == len(b) and all(map(is_, a, b))
+
+
+class StepPlan:
+    """How to step an optimizer. Creates the states that its compiled updates need.
+
+    Attributes:
+        reference: the parameters that torch's own step has to update.
+    """
+
+    def __init__(self, optimizer: PlannedStep, grad_factor: float) -> None:
+        self._insisted = dispatch.insisted()
+        planned = shares(optimizer)  # may raise; nothing has been changed before
+        self._params = list(chain.from_iterable(map(_params, optimizer.param_groups)))
+        self._absent = [p for p in self._params if p.grad is None]
+        self.reference: list[Tensor] = []
+        self._buckets: list[Bucket] = []
+        for share in planned:
+            if share.decision.backend == "reference":
+                self.reference += [m.param for m in share.members]
+            else:
+                self._buckets.append(Bucket(optimizer, share))
+        self._written = list(chain.from_iterable(bucket.written for bucket in self._buckets))
+        self._spans = Spans(self._written)
+        self._once = any(bucket.fresh for bucket in self._buckets)
+        self._states = list(optimizer.state.values())
+        self._flags = list(map(optimizer._flags, optimizer.param_groups))
+        self._set_hypers(optimizer, grad_factor)
+
+    def holds(self, optimizer: PlannedStep, grad_factor: float) -> bool:
+        """Prove that the plan is still true, and take in new gradients and hyperparameters."""
+        params = list(chain.from_iterable(map(_params, optimizer.param_groups)))
+        if (
+            self._once
+            or self._insisted != dispatch.insisted()
+            or not _same(params, self._params)
+            or not all(p.grad is None for p in self._absent)
+            or any(p.grad is None for p in self.reference)
+        ):
+            return False
+        if self.reference:  # torch may have created states since
+            self._states = [optimizer.state[p] for p in self._params if p in optimizer.state]
+        if not _same(optimizer.state.values(), self._states):
+            return False
+        if not all(bucket.holds(self._spans) for bucket in self._buckets):
+            return False
+        hypers = [tuple(group.values()) for group in optimizer.param_groups]
+        if self._fixed and hypers == self._hypers and grad_factor == self._grad_factor:
+            return True
+        if list(map(optimizer._flags, optimizer.param_groups)) != self._flags:
+            return False
+        self._set_hypers(optimizer, grad_factor)
+        return True
+
+    def _set_hypers(self, optimizer: PlannedStep, grad_factor: float) -> None:
+        self._grad_factor = grad_factor
+        self._hypers = [tuple(group.values()) for group in optimizer.param_groups]
+        # A tensor may change in place, and still be equal to itself.
+        values = chain.from_iterable(self._hypers)
+        self._fixed = not any(
+            isinstance(v, Tensor) or (isinstance(v, tuple) and any(isinstance(x, Tensor) for x in v))
+            for v in values
+        )
+        for bucket in self._buckets:
+            bucket.set_hypers(optimizer, grad_factor)
+
+    def run(self) -> None:
+        """Do the compiled part of the step."""
+        for bucket in self._buckets:
+            bucket.run()
+        if self._written:
+            torch.autograd.graph.increment_version(self._written)
+
+
+class Bucket:
+    """The parameters of one kind, updated by one launch.
+
+    Attributes:
+        written: every tensor that the launch writes to.
+        fresh: whether some states begin at this step, and with it a rule of their own.
+    """
+
+    def __init__(self, optimizer: PlannedStep, share: Share) -> None:
+        kind, decision, members = share
+        backend = dispatch.load(decision.backend)
+        self._params = params = [m.param for m in members]
+        names = [n for n, d in zip(optimizer._slots, kind.slots, strict=True) if d is not None]
+        begins = [
+            optimizer._create_state(m.param, names, optimizer.param_groups[m.group]) for m in members
+        ]
+        self.fresh = any(begins)
+        keys = [(m.group, begin) for m, begin in zip(members, begins, strict=True)]
+        self._rows = sorted(set(keys))
+
+        if kind.step is not None:
+            names.append("step")
+        self._state_dicts = [optimizer.state[p] for p in params] if names else []
+        self._lines = []  # (how to find a state, its tensors, their addresses)
+        width = len(optimizer._slots)
+        self._table = np.zeros((width + 3, len(params)), np.int64)  # param, slots, grad, step
+        self._pointers = list(map(_data_ptr, params))
+        self._table[0] = self._pointers
+        for name in names:
+            tensors = [state[name] for state in self._state_dicts]
+            pointers = list(map(_data_ptr, tensors))
+            line = width + 2 if name == "step" else optimizer._slots.index(name) + 1
+            self._table[line] = pointers
+            self._lines.append((itemgetter(name), tensors, pointers))
+        self.written = params + list(chain.from_iterable(line[1] for line in self._lines))
+
+        self._strides = list(map(_stride, params))
+        self._sizes = list(map(_numel, params))
+        self._grad_dtypes = [kind.grad] * len(params)
+        self._grad_bytes = np.array(self._sizes, np.int64) * kind.grad.itemsize
+        self._set_grads(list(map(_data_ptr, map(_grad, params))))
+
+        self._hypers = np.zeros((len(self._rows), len(optimizer._record._fields)))
+        self._row_of = np.array([self._rows.index(key) for key in keys], np.int64)
+        self._offsets = np.zeros(len(params) + 1, np.int64)
+        np.cumsum(self._sizes, out=self._offsets[1:])
+        self._parts, self._elements = backend.step_parts, int(self._offsets[-1])
+        self._launch, tag = backend.step_launcher(
+            optimizer._record, (kind.param, *kind.slots), kind.grad, kind.step
+        )
+        arrays = (self._hypers, self._row_of, self._offsets, self._table)
+        self._arguments = (*(a.ctypes.data for a in arrays), len(params), *tag)
+
+    def set_hypers(self, optimizer: PlannedStep, grad_factor: float) -> None:
+        """Write the groups' hyperparameters into the launch's table."""
+        for line, (group, begins) in zip(self._hypers, self._rows, strict=True):
+            line[:] = optimizer._hyper(optimizer.param_groups[group], begins)
+            line[0] *= grad_factor
+
+    def holds(self, written: Spans) -> bool:
+        """Prove all addresses but the gradients', and replace those."""
+        params = self._params
+        if (
+            list(map(_data_ptr, params)) != self._pointers
+            or list(map(_stride, params)) != self._strides
+            or list(map(_numel, params)) != self._sizes
+        ):
+            return False
+        try:
+            for find, tensors, pointers in self._lines:
+                current = list(map(find, self._state_dicts))
+                if not _same(current, tensors) or list(map(_data_ptr, current)) != pointers:
+                    return False
+            grads = list(map(_grad, params))
+            if (
+                not _PLAIN.issuperset(map(type, grads))
+                or list(map(_stride, grads)) != self._strides
+                or list(map(_numel, grads)) != self._sizes
+                or list(map(_dtype, grads)) != self._grad_dtypes
+            ):
+                return False
+            pointers = list(map(_data_ptr, grads))
+        except (KeyError, TypeError, RuntimeError):  # a state removed, a sparse gradient
+            return False
+        if pointers != self._grad_pointers:
+            if written.overlap(pointers, np.array(pointers, np.int64) + self._grad_bytes):
+                return False
+            self._set_grads(pointers)
+        return True
+
+    def _set_grads(self, pointers: list[int]) -> None:
+        self._grad_pointers = pointers
+        self._table[-2] = pointers
+
+    def run(self) -> None:
+        """Launch."""
+        self._launch(self._parts(self._elements), *self._arguments)

@@ -1,0 +1,122 @@
+"""What every fastopt optimizer adds to its torch twin: a step that follows a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..dispatch import Decision
+from ._kinds import _default_counter, shares
+from ._plan import StepPlan
+
+Group = dict[str, Any]
+
+
+class PlannedStep(Optimizer):
+    """Mixin in front of a torch optimizer class; overrides `step` alone.
+
+    A subclass says how its hyperparameters become a record, and which states it has.
+    Groups, state layout, checkpoints, validation and `repr` stay torch's. The plan is no
+    part of the state: pickling and copying drop it, and the next step makes a new one.
+    """
+
+    _operation: ClassVar[str]
+    #: type of the hyperparameter record; its first field scales the gradient
+    _record: ClassVar[Any]
+    #: keys of all states that the update may use, in the formula's order
+    _slots: ClassVar[tuple[str, ...]]
+    _counts_steps: ClassVar[bool] = True
+
+    def _active(self, group: Group) -> tuple[str, ...]:
+        """The slots that this group's configuration uses."""
+        raise NotImplementedError
+
+    def _hyper(self, group: Group, begins: bool) -> Any:
+        """A group's hyperparameters as a record; begins: at the first step of a state."""
+        raise NotImplementedError
+
+    def _flags(self, group: Group) -> tuple[Any, ...]:
+        """What decides how a group's parameters are sorted into buckets."""
+        return (*self._active(group), group.get("differentiable"), group.get("capturable"))
+
+    def _create_state(self, param: Tensor, names: Iterable[str], group: Group) -> bool:
+        """Add missing states to a parameter, as torch lays them out; whether any was missing."""
+        if not names and not self._counts_steps:
+            return False
+        state = self.state[param]
+        if self._counts_steps and "step" not in state:
+            state["step"] = torch.tensor(0.0, dtype=_default_counter())
+        missing = [name for name in names if state.get(name) is None]
+        for name in missing:
+            state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        return bool(missing) and not self._counts_steps
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss anew and returns it; called first, with gradients
+                enabled.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            BackendUnavailable: inside ``use_backend``, that backend can't serve every
+                parameter; nothing has been changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if torch.compiler.is_compiling():
+            self._torch_step()
+            return loss
+        found_inf = getattr(self, "found_inf", None)  # left here by GradScaler, if fused=True
+        if found_inf is not None and found_inf.item():
+            return loss
+        grad_scale = getattr(self, "grad_scale", None)
+        grad_factor = 1.0 if grad_scale is None else 1.0 / grad_scale.item()
+
+        plan: StepPlan | None = self.__dict__.get("_plan")
+        if plan is None or not plan.holds(self, grad_factor):
+            self._plan = None  # stays so if the next line raises
+            plan = self._plan = StepPlan(self, grad_factor)
+        if plan.reference:
+            self._torch_step(plan.reference)
+        plan.run()
+        return loss
+
+    def _torch_step(self, params: list[Tensor] | None = None) -> None:
+        """Torch's own step, for some parameters or for all."""
+        step = super().step.__func__  # type: ignore[attr-defined]
+        if getattr(step, "hooked", False):  # its hooks run around our own step already
+            step = step.__wrapped__
+        if params is None:
+            step(self)
+            return
+        chosen = set(map(id, params))
+        groups = self.param_groups
+        self.param_groups = [
+            {**group, "params": [p for p in group["params"] if id(p) in chosen]} for group in groups
+        ]
+        try:
+            step(self)
+        finally:
+            self.param_groups = groups
+
+    def _decisions(self) -> tuple[Decision, ...]:
+        return tuple(share.decision for share in shares(self, without_grads=True))
+
+
+def scalar(value: float | Tensor) -> float:
+    """A hyperparameter that may be a one-element tensor."""
+    return value.item() if isinstance(value, Tensor) else value

@@ -1,0 +1,75 @@
+"""Adam."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..kernels import hyper
+from ._planned import PlannedStep, scalar
+
+__all__ = ["Adam"]
+
+
+class Adam(PlannedStep, torch.optim.Adam):
+    r"""Adam, with AMSGrad and both kinds of weight decay.
+
+    With gradient g (negated if ``maximize``) at step t, per element:
+
+    .. code-block:: text
+
+        g ← g + weight_decay · p         or, decoupled, p ← p · (1 - lr · weight_decay)
+        m ← m + (1 - β₁) (g - m)
+        v ← β₂ v + (1 - β₂) g²
+        u ← max(u, v)  if amsgrad else  v
+        p ← p - lr / (1 - β₁ᵗ) · m / (√u / √(1 - β₂ᵗ) + eps)
+
+    Args:
+        params: parameters, or groups of them as dicts.
+        lr: learning rate, a number or a one-element tensor.
+        betas: (β₁, β₂), numbers or one-element tensors.
+        eps, weight_decay, amsgrad, maximize: as above.
+        decoupled_weight_decay: the second kind of weight decay, as in AdamW.
+        foreach, fused: torch's choices among its own implementations. The compiled step,
+            one launch for all tensors, stands for each of them.
+        capturable, differentiable: run torch's own code.
+
+    Parameters may be float64, float32, bfloat16 or float16, of any dense layout; all others
+    are updated by torch's own code. ``explain`` says which.
+
+    Raises:
+        ValueError, RuntimeError: as torch does, for invalid hyperparameters and for sparse
+            gradients.
+
+    Example:
+        >>> optimizer = fastopt.optim.Adam(model.parameters(), lr=1e-3)
+        >>> loss.backward(); optimizer.step(); optimizer.zero_grad()
+
+    Reference: :class:`torch.optim.Adam`; Kingma and Ba, https://arxiv.org/abs/1412.6980
+    """
+
+    _operation = "Adam"
+    _record = hyper.Adam
+    _slots = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+    def _active(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self._slots if group["amsgrad"] else self._slots[:2]
+
+    def _hyper(self, group: dict[str, Any], begins: bool) -> hyper.Adam:
+        return adam_hyper(group, group.get("decoupled_weight_decay", False))
+
+
+def adam_hyper(group: dict[str, Any], decoupled: bool) -> hyper.Adam:
+    """The record of Adam or, decoupled, of AdamW."""
+    lr, decay = scalar(group["lr"]), scalar(group["weight_decay"])
+    beta1, beta2 = map(scalar, group["betas"])
+    return hyper.Adam(
+        grad_scale=-1.0 if group["maximize"] else 1.0,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=group["eps"],
+        weight_decay=0.0 if decoupled else decay,
+        param_decay=1.0 - lr * decay if decoupled else 1.0,
+    )

@@ -1,0 +1,43 @@
+"""AdamW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..kernels import hyper
+from ._planned import PlannedStep
+from .adam import Adam, adam_hyper
+
+__all__ = ["AdamW"]
+
+
+class AdamW(PlannedStep, torch.optim.AdamW):
+    r"""Adam with decoupled weight decay, p ← p · (1 - lr · weight_decay) before the update.
+
+    Args:
+        params, lr, betas, eps, amsgrad, maximize, foreach, capturable, differentiable, fused:
+            as in :class:`fastopt.optim.Adam`, whose rule it shares.
+        weight_decay: as above (default: 1e-2).
+
+    Raises:
+        ValueError, RuntimeError: as torch does, for invalid hyperparameters and for sparse
+            gradients.
+
+    Example:
+        >>> optimizer = fastopt.optim.AdamW(model.parameters(), lr=3e-4)
+        >>> loss.backward(); optimizer.step(); optimizer.zero_grad()
+
+    Reference: :class:`torch.optim.AdamW`; Loshchilov and Hutter, https://arxiv.org/abs/1711.05101
+    """
+
+    _operation = "AdamW"
+    _record = hyper.Adam
+    _slots = Adam._slots
+
+    def _active(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self._slots if group["amsgrad"] else self._slots[:2]
+
+    def _hyper(self, group: dict[str, Any], begins: bool) -> hyper.Adam:
+        return adam_hyper(group, decoupled=True)

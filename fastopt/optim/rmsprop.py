@@ -1,0 +1,69 @@
+"""RMSprop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..kernels import hyper
+from ._planned import PlannedStep, scalar
+
+__all__ = ["RMSprop"]
+
+
+class RMSprop(PlannedStep, torch.optim.RMSprop):
+    r"""RMSprop, plain or centered, with momentum.
+
+    With gradient g (negated if ``maximize``), per element:
+
+    .. code-block:: text
+
+        g ← g + weight_decay · p
+        v ← alpha · v + (1 - alpha) g²
+        a ← a + (1 - alpha) (g - a),  u ← v - a²     if centered, else  u ← v
+        d ← g / (√u + eps)
+        b ← momentum · b + d                          (d itself without momentum)
+        p ← p - lr · b
+
+    Args:
+        params: parameters, or groups of them as dicts.
+        lr: learning rate, a number or a one-element tensor.
+        alpha, eps, weight_decay, momentum, centered, maximize: as above.
+        foreach: torch's choice among its own implementations. The compiled step, one launch
+            for all tensors, stands for each of them.
+        capturable, differentiable: run torch's own code.
+
+    Parameters may be float64, float32, bfloat16 or float16, of any dense layout; all others
+    are updated by torch's own code. ``explain`` says which.
+
+    Raises:
+        ValueError, RuntimeError: as torch does, for invalid hyperparameters and for sparse
+            gradients.
+
+    Example:
+        >>> optimizer = fastopt.optim.RMSprop(model.parameters(), lr=1e-2, momentum=0.9)
+        >>> loss.backward(); optimizer.step(); optimizer.zero_grad()
+
+    Reference: :class:`torch.optim.RMSprop`; Tieleman and Hinton, lecture 6.5 of
+    https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf
+    """
+
+    _operation = "RMSprop"
+    _record = hyper.RMSprop
+    _slots = ("square_avg", "momentum_buffer", "grad_avg")
+
+    def _active(self, group: dict[str, Any]) -> tuple[str, ...]:
+        momentum = ("momentum_buffer",) if group["momentum"] > 0 else ()
+        return ("square_avg", *momentum, *(("grad_avg",) if group["centered"] else ()))
+
+    def _hyper(self, group: dict[str, Any], begins: bool) -> hyper.RMSprop:
+        return hyper.RMSprop(
+            grad_scale=-1.0 if group["maximize"] else 1.0,
+            lr=scalar(group["lr"]),
+            alpha=group["alpha"],
+            alpha_rest=1.0 - group["alpha"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+        )
