@@ -147,8 +147,10 @@ _COMMON = (
         lambda r: f"{'; '.join(r.special)} (supported: none of these)",
     ),
     Rule(
-        lambda r: all(d in _FLOATS for d in r.dtypes if d not in _LABELS)
-        and all(d in _FLOATS for d in r.dtypes[:1]),
+        lambda r: (
+            all(d in _FLOATS for d in r.dtypes if d not in _LABELS)
+            and all(d in _FLOATS for d in r.dtypes[:1])
+        ),
         lambda r: f"dtypes={_names(r.dtypes)} (supported: {_names(_FLOATS)})",
     ),
     Rule(
@@ -164,7 +166,7 @@ _COMMON = (
 # backward), measured with bench/run.py on 2 cores with AVX-512. Below, what a call costs
 # before any kernel runs decides, and torch's C++ has less of that than Python.
 # Optimizers count tensors' fixed costs too, so theirs pays off from the first element.
-CROSSOVER = {"mse_loss": 4096, "l1_loss": 4096, "cross_entropy": 128}
+CROSSOVER = {"mse_loss": 131_072, "l1_loss": 65_536, "cross_entropy": 131_072}
 
 
 @functools.cache

@@ -19,7 +19,6 @@ P = ParamSpec("P")
 Tensors = tuple[Tensor | None, ...]
 
 _REDUCTIONS = ("none", "mean", "sum")
-_HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Call(NamedTuple):
@@ -50,54 +49,48 @@ def prepare(
     """
     input = tensors[0]
     assert input is not None
-    special += _circumstances(tensors)
+    given = [t for t in tensors if t is not None]
+    _add_circumstances(given, special)
     if reduction not in _REDUCTIONS:
         special.append(f"reduction={reduction!r}")
-    device = input.device.type
-    if torch.is_autocast_enabled(device):
+    device = input.device
+    dtypes = tuple([t.dtype for t in given])
+    if torch.is_autocast_enabled(device.type):
         # Losses are on autocast's float32 list. A kernel computes in float32 anyway and
         # writes each gradient in its tensor's own dtype, so no cast copies are needed.
         dtype = torch.float32
-        if any(t is not None and t.dtype not in _HALF_OR_SINGLE for t in tensors
-               if t is not None and t.is_floating_point()):  # fmt: skip
-            special.append("autocast with a dtype that it leaves alone")
+        if torch.float64 in dtypes:
+            special.append("float64 under autocast, which leaves it alone")
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     request = Request(
-        operation,
-        device,
-        tuple(t.dtype for t in tensors if t is not None),
-        input.numel(),
-        tuple(special),
-        torch.cuda.get_device_capability(input.device) if device == "cuda" else None,
+        operation, device.type, dtypes, input.numel(), tuple(special), capability,
         dispatch.insisted(),
-    )
+    )  # fmt: skip
     return Call(request, hyper.Loss(record, reduction, dtype), tensors)
 
 
-def _circumstances(tensors: Tensors) -> list[str]:
-    """What around this call only torch itself can follow."""
-    found = []
-    given = [t for t in tensors if t is not None]
-    first = given[0].device
-    for t in given:
+def _add_circumstances(tensors: list[Tensor], special: list[str]) -> None:
+    """Note what only torch itself can follow, in the tensors and around the call."""
+    device = tensors[0].device
+    for t in tensors:
         if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
-            found.append(f"a tensor of type {type(t).__name__}")
+            special.append(f"a tensor of type {type(t).__name__}")
         elif t.layout is not torch.strided:
-            found.append(f"layout={t.layout}")
+            special.append(f"layout={t.layout}")
         elif t.is_neg():
-            found.append("a lazily negated tensor")
-        if t.device != first:
-            found.append("tensors on different devices")
-    if has_torch_function(given):
-        found.append("a torch function override")
+            special.append("a lazily negated tensor")
+        if t.device != device:
+            special.append("tensors on different devices")
+    if has_torch_function(tensors):
+        special.append("a torch function override")
     if torch._C._are_functorch_transforms_active():
-        found.append("a torch.func transform")
+        special.append("a torch.func transform")
     if torch.autograd.forward_ad._current_level >= 0:
-        found.append("forward-mode differentiation")
+        special.append("forward-mode differentiation")
     if torch.compiler.is_compiling():
-        found.append("torch.compile")
+        special.append("torch.compile")
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
-        found.append("tracing")
-    return found
+        special.append("tracing")
 
 
 def evaluate(call: Call) -> Tensor | None:
@@ -160,7 +153,8 @@ def _differentiable_grads(
     """The gradients as a graph of torch's own operations."""
     # Views, so that an input given twice counts once per place.
     inputs = tuple(
-        t.view_as(t) if need and t is not None else t for t, need in zip(tensors, needs, strict=True)
+        t.view_as(t) if need and t is not None else t
+        for t, need in zip(tensors, needs, strict=True)
     )
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
     loss = reference.loss(options, inputs)
@@ -180,8 +174,15 @@ def loss_function(
     """
 
     def decorate(documented: Callable[P, None]) -> Callable[P, Tensor]:
+        small = dispatch.CROSSOVER[documented.__name__]
+
         @functools.wraps(documented)
         def function(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+            # `choose` would say the same, but takes a tenth of a small call's time to ask.
+            if args and type(args[0]) is Tensor and args[0].numel() < small and (
+                args[0].is_cpu and dispatch.insisted() is None
+            ):  # fmt: skip
+                return fallback(*args, **kwargs)
             try:
                 call = analyse(*args, **kwargs)
                 loss = None if call is None else evaluate(call)

@@ -90,7 +90,8 @@ class StepPlan:
         # A tensor may change in place, and still be equal to itself.
         values = chain.from_iterable(self._hypers)
         self._fixed = not any(
-            isinstance(v, Tensor) or (isinstance(v, tuple) and any(isinstance(x, Tensor) for x in v))
+            isinstance(v, Tensor)
+            or (isinstance(v, tuple) and any(isinstance(x, Tensor) for x in v))
             for v in values
         )
         for bucket in self._buckets:
@@ -118,7 +119,8 @@ class Bucket:
         self._params = params = [m.param for m in members]
         names = [n for n, d in zip(optimizer._slots, kind.slots, strict=True) if d is not None]
         begins = [
-            optimizer._create_state(m.param, names, optimizer.param_groups[m.group]) for m in members
+            optimizer._create_state(m.param, names, optimizer.param_groups[m.group])
+            for m in members
         ]
         self.fresh = any(begins)
         keys = [(m.group, begin) for m, begin in zip(members, begins, strict=True)]

@@ -121,8 +121,13 @@ def record_type(record: type, compute: types.Type) -> types.Type:
     return types.NamedUniTuple(compute, len(record._fields), record)  # type: ignore[attr-defined]
 
 
+def optional_pointer(dtype: torch.dtype | None, slot: int, compute: str) -> types.Type:
+    """The pointer type for a tensor that may be absent."""
+    return types.none if dtype is None else pointer(dtype_name(dtype), slot, compute)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
-    """"float32" for torch.float32."""
+    """ "float32" for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 

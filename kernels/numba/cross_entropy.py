@@ -23,14 +23,14 @@ from .. import hyper
 from ..layout import ClassAxis, class_axis
 from ..reference import out_of_bounds
 from . import memory
-from .compiler import dtype_name, Region, pointer, specialise
+from .compiler import Region, dtype_name, optional_pointer, pointer, specialise
 from .softmax import check_targets
 from .softmax_rows import softmax_rows
 from .softmax_tiles import softmax_tiles
 from .threads import Launcher, parts_for
 
 # From this many classes a row fills vectors by itself, if its classes lie side by side.
-LONG_ROW = 64
+LONG_ROW = 80
 # Positions in a tile, fewer where a tile of that width would not fit a core's L2 cache.
 TILE_WIDTH, NARROW_WIDTH, TILE_BYTES = 64, 16, 1 << 19
 GRAIN = 16_384
@@ -40,6 +40,7 @@ class _Call(NamedTuple):
     """One call, prepared: the coefficients of the formula above, and how to reduce."""
 
     input: torch.Tensor
+    axis: ClassAxis
     target: torch.Tensor | None  # class indices, contiguous
     probability: torch.Tensor | None
     weight: torch.Tensor | None
@@ -50,84 +51,70 @@ class _Call(NamedTuple):
 
 
 def _prepare(options: hyper.Loss, tensors: tuple[torch.Tensor | None, ...]) -> _Call:
+    """Raises IndexError for a class index out of range."""
     input, target, weight = tensors
     assert input is not None and target is not None
-    shape = _layout_of(input)
-    record = options.hyper
-    assert isinstance(record, hyper.CrossEntropy)
-    smoothing = record.label_smoothing
+    axis = _axis(input)
+    ignore_index, smoothing = options.hyper
     smooth = None
-    if smoothing:
-        compute = torch.float64 if input.dtype == torch.float64 else torch.float32
-        smooth = torch.full((shape.classes,), smoothing / shape.classes, dtype=compute)
-        if weight is not None:
-            smooth *= weight
     if weight is not None:
         weight = weight.contiguous()
-    positions = shape.outer * shape.inner
+    if smoothing:
+        compute = torch.float64 if input.dtype == torch.float64 else torch.float32
+        smooth = torch.full((axis.classes,), smoothing / axis.classes, dtype=compute)
+        if weight is not None:
+            smooth *= weight
+    denominator = 1.0
     if target.is_floating_point():
-        if smoothing:
-            kept = torch.full((shape.classes,), 1 - smoothing, dtype=smooth.dtype)  # type: ignore[union-attr]
+        if smooth is not None:
+            kept = torch.full_like(smooth, 1 - smoothing)
             weight = kept if weight is None else kept * weight
-        denominator = positions if options.reduction == "mean" else 1.0
-        return _Call(input, None, target, weight, smooth, 0.0, -1, denominator)
+        if options.reduction == "mean":
+            denominator = axis.outer * axis.inner
+        return _Call(input, axis, None, target, weight, smooth, 0.0, -1, denominator)
     target = target.contiguous()
-    used = _checked_weight(target, weight, record.ignore_index, shape.classes)
-    denominator = used if options.reduction == "mean" else 1.0
+    check = _target_check(target.dtype, None if weight is None else weight.dtype)
+    addresses = (target.data_ptr(), None if weight is None else weight.data_ptr())
+    in_range, used = check(*addresses, ignore_index, axis.classes, axis.outer * axis.inner)
+    if not in_range:
+        raise out_of_bounds(target, axis.classes, ignore_index)
+    if options.reduction == "mean":
+        denominator = used
     hard = 1.0 - smoothing
-    return _Call(input, target, None, weight, smooth, hard, record.ignore_index, denominator)
+    return _Call(input, axis, target, None, weight, smooth, hard, ignore_index, denominator)
 
 
-def _layout_of(tensor: torch.Tensor) -> ClassAxis:
-    result = class_axis(tensor)
-    assert result is not None, "dispatch admits only layouts that can be walked"
-    return result
-
-
-def _checked_weight(
-    target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int, classes: int
-) -> float:
-    """The summed weight of all positions that count; IndexError for a target out of range."""
-    result = torch.empty(2, dtype=torch.float64)
-    check = _target_check(dtype_name(target.dtype), None if weight is None else dtype_name(weight.dtype))
-    check(
-        target.data_ptr(), None if weight is None else weight.data_ptr(), result.data_ptr(),
-        ignore_index, classes, target.numel(),
-    )  # fmt: skip
-    bad, used = result.tolist()
-    if bad >= 0:
-        raise out_of_bounds(target, classes, ignore_index)
-    return float(used)
+def _axis(tensor: torch.Tensor) -> ClassAxis:
+    axis = class_axis(tensor)
+    assert axis is not None, "dispatch admits only layouts that can be walked"
+    return axis
 
 
 @functools.cache
-def _target_check(target: str, weight: str | None) -> Any:
+def _target_check(target: torch.dtype, weight: torch.dtype | None) -> Any:
     return specialise(
         check_targets,
-        pointer(target, 0),
-        types.none if weight is None else pointer(weight, 1, "float64"),
-        pointer("float64", 2, "float64"),
+        pointer(dtype_name(target), 0),
+        optional_pointer(weight, 1, "float64"),
         *[types.intp] * 3,
     )
 
 
 @functools.cache
-def _launcher(loop: Region, *dtypes: str | None) -> Launcher:
-    """dtypes: of input, target, probability, weight, smooth, losses, grad, upstream."""
-    compute = "float64" if dtypes[0] == "float64" else "float32"
-    widths = [compute] * 5 + ["float64", compute, "float64"]
-    slots = [
-        types.none if dtype is None else pointer(dtype, number, width)
-        for number, (dtype, width) in enumerate(zip(dtypes, widths, strict=True))
-    ]
+def _launcher(loop: Region, *dtypes: torch.dtype | None) -> Launcher:
+    """dtypes: of input, target, probability, weight, smooth, losses, grad, upstream, loss."""
+    compute = "float64" if dtypes[0] == torch.float64 else "float32"
+    widths = [compute] * 5 + ["float64", compute, "float64", "float64"]
+    slots = [optional_pointer(d, k, w) for k, (d, w) in enumerate(zip(dtypes, widths, strict=True))]
     number = getattr(types, compute)
+    double = types.float64
     if loop is softmax_rows:
-        return Launcher(loop, *slots, types.float64, types.float64, number, *[types.intp] * 8)
-    scratch = [pointer(compute, k, compute) for k in (8, 9, 10)]
-    totals = [pointer("float64", k, "float64") for k in (11, 12)]
+        return Launcher(loop, *slots, double, double, double, number, *[types.intp] * 8)
+    columns = [pointer(compute, k, compute) for k in (9, 10, 11)]
+    totals = [pointer("float64", k, "float64") for k in (12, 13)]
     del slots[2]
     return Launcher(
-        loop, *slots, *scratch, *totals, *[types.float64] * 3, number, *[types.intp] * 11
+        loop, *slots, double, *columns, *totals, double, double, double, number, *[types.intp] * 11
     )
 
 
@@ -136,42 +123,50 @@ def _run(
     losses: torch.Tensor | None,
     grad: torch.Tensor | None,
     upstream: torch.Tensor | None,
+    loss: torch.Tensor | None,
     scale: float,
 ) -> None:
-    """Compute losses (one per position) and the gradient, each if wanted.
+    """Compute the losses of all positions, their scaled sum and the gradient, each if wanted.
 
     The gradient is scale * upstream[position] times the derivative of a position's loss,
-    or scale times it without upstream.
+    or scale times it without upstream; loss is scale times the sum of the losses.
     """
-    x = _layout_of(call.input)
+    x = call.axis
     rows = x.outer * x.inner
-    if rows == 0:
-        return
-    pointwise = (call.target, call.probability, call.weight, call.smooth, losses, grad, upstream)
-    dtypes = [None if t is None else dtype_name(t.dtype) for t in (call.input, *pointwise)]
-    addresses = [None if t is None else t.data_ptr() for t in (call.input, *pointwise)]
-    parts = min(parts_for(rows * x.classes, GRAIN), rows)
+    tensors = (
+        call.input, call.target, call.probability, call.weight, call.smooth, losses, grad,
+        upstream, loss,
+    )  # fmt: skip
+    dtypes = [None if t is None else t.dtype for t in tensors]
+    addresses = [None if t is None else t.data_ptr() for t in tensors]
+    parts = min(parts_for(rows * x.classes, GRAIN), max(rows, 1))
+    compute = torch.float64 if call.input.dtype == torch.float64 else torch.float32
     if x.class_stride == 1 and (x.classes >= LONG_ROW or call.target is None):
-        t = x if call.probability is None else _layout_of(call.probability)
+        t = x if call.probability is None else _axis(call.probability)
         _launcher(softmax_rows, *dtypes)(
-            parts, *addresses, call.hard, scale, 0.0, call.ignore_index, x.classes, x.inner, rows,
-            x.outer_stride, x.inner_stride, t.outer_stride, t.inner_stride,
+            parts, *addresses, scale, call.hard, scale, 0.0, call.ignore_index, x.classes, x.inner,
+            rows, x.outer_stride, x.inner_stride, t.outer_stride, t.inner_stride,
         )  # fmt: skip
         return
     fits = x.classes * TILE_WIDTH * 4 <= TILE_BYTES
-    width = min(TILE_WIDTH if fits else NARROW_WIDTH, x.inner)
-    compute = torch.float64 if call.input.dtype == torch.float64 else torch.float32
+    width = max(min(TILE_WIDTH if fits else NARROW_WIDTH, x.inner), 1)
     tile = torch.empty(parts * width * (x.classes + 2), dtype=compute)
     totals = torch.empty(2 * parts * width, dtype=torch.float64)
     tops = tile.data_ptr() + parts * width * x.classes * tile.itemsize
     sums = tops + parts * width * tile.itemsize
-    scratch = (tile.data_ptr(), tops, sums, totals.data_ptr(), totals.data_ptr() + 8 * parts * width)
+    columns = (
+        tile.data_ptr(),
+        tops,
+        sums,
+        totals.data_ptr(),
+        totals.data_ptr() + 8 * parts * width,
+    )
     mass = 0.0 if call.smooth is None else float(call.smooth.sum(dtype=torch.float64))
     g = _gradient_layout(x)
     del addresses[2]
     _launcher(softmax_tiles, *dtypes)(
-        parts, *addresses, *scratch, call.hard, mass, scale, 0.0, call.ignore_index, x.classes,
-        x.inner, rows, x.outer_stride, x.inner_stride, x.class_stride,
+        parts, *addresses, scale, *columns, call.hard, mass, scale, 0.0, call.ignore_index,
+        x.classes, x.inner, rows, x.outer_stride, x.inner_stride, x.class_stride,
         g.outer_stride, g.inner_stride, g.class_stride, width,
     )  # fmt: skip
 
@@ -184,8 +179,9 @@ def _gradient_layout(x: ClassAxis) -> ClassAxis:
     return ClassAxis(classes, x.outer, inner, stride, 1, inner)
 
 
-def _empty_gradient(input: torch.Tensor) -> torch.Tensor:
-    x = _layout_of(input)
+def _empty_gradient(input: torch.Tensor, x: ClassAxis) -> torch.Tensor:
+    if not memory.is_pooled(input) and input.is_contiguous():
+        return torch.empty_like(input)
     g = _gradient_layout(x)
     flat = memory.empty((input.numel(),), input.dtype)
     if input.dim() == 1:
@@ -206,14 +202,12 @@ def forward(
     shape = call.input.shape[:1] + call.input.shape[2:] if call.input.dim() > 1 else ()
     if options.reduction == "none":
         losses = torch.empty(shape, dtype=options.dtype)
-        _run(call, losses, None, None, 1.0)
+        _run(call, losses, None, None, None, 1.0)
         return losses, None
     losses = torch.empty(shape, dtype=torch.float64)
-    grad = _empty_gradient(call.input) if needs[0] else None
-    _run(call, losses, grad, None, _inverse(call.denominator))
-    # NumPy's sum, because the order of torch's depends on the number of threads
-    total = float(losses.numpy().sum())
-    loss = torch.tensor(total * _inverse(call.denominator), dtype=options.dtype)
+    loss = torch.empty((), dtype=options.dtype)
+    grad = _empty_gradient(call.input, call.axis) if needs[0] else None
+    _run(call, losses, grad, None, loss, _inverse(call.denominator))
     return loss, None if grad is None else (grad, None, None)
 
 
@@ -225,14 +219,14 @@ def backward(
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients for any grad_output, computed anew from the inputs."""
     call = _prepare(options, tensors)
-    grad = _empty_gradient(call.input)
+    grad = _empty_gradient(call.input, call.axis)
     if options.reduction == "none":
-        _run(call, None, grad, grad_output.contiguous(), 1.0)
+        _run(call, None, grad, grad_output.contiguous(), None, 1.0)
     else:
-        _run(call, None, grad, None, grad_output.item() * _inverse(call.denominator))
+        _run(call, None, grad, None, None, grad_output.item() * _inverse(call.denominator))
     return grad, None, None
 
 
 def _inverse(denominator: float) -> float:
-    """1 / denominator, where nothing counts inf: 0 * inf is the NaN that torch's mean gives."""
+    """1 / denominator; inf where nothing counts: 0 * inf is the NaN that torch's mean gives."""
     return 1.0 / denominator if denominator else math.inf

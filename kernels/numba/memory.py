@@ -26,6 +26,11 @@ _ALIGNMENT = 64
 _free: deque[np.ndarray] = deque(maxlen=KEPT_BUFFERS)
 
 
+def is_pooled(tensor: torch.Tensor) -> bool:
+    """Whether memory for a tensor like this one comes from the pool."""
+    return tensor.numel() * tensor.itemsize >= POOLED_BYTES
+
+
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised contiguous CPU tensor, its memory reused where that pays."""
     count = math.prod(shape)

@@ -63,8 +63,10 @@ class _AddressModel(models.PrimitiveModel):  # type: ignore[misc]
 @unbox(Rows)
 def _unbox_address(typ: types.Type, obj: Any, c: Any) -> NativeValue:
     # long_as_voidptr raises OverflowError/TypeError by itself for anything but an address.
-    return NativeValue(c.pyapi.long_as_voidptr(obj), is_error=cgutils.is_not_null(
-        c.builder, c.pyapi.err_occurred()))
+    return NativeValue(
+        c.pyapi.long_as_voidptr(obj),
+        is_error=cgutils.is_not_null(c.builder, c.pyapi.err_occurred()),
+    )
 
 
 def _element_pointer(builder: Any, pointer: Any, typ: Pointer, index: Any) -> Any:
@@ -100,11 +102,13 @@ def _emit_load(context: Any, builder: Any, typ: Pointer, pointer: Any, index: An
 def _emit_store(
     context: Any, builder: Any, typ: Pointer, pointer: Any, index: Any, value: Any
 ) -> None:
-    if typ.element == "float16":  # from either width in one rounding
-        value = builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
-    elif typ.compute == types.float64 and typ.element != "float64":
+    if typ.compute == types.float64 and typ.element != "float64":
+        # Halves by way of float32 too: CPUs convert from there, and from float64 LLVM
+        # would call a library function that a JIT process doesn't have.
         value = builder.fptrunc(value, ir.FloatType())
-    if typ.element == "bfloat16":
+    if typ.element == "float16":
+        value = builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
+    elif typ.element == "bfloat16":
         value = _round_to_bfloat16(builder, value)
     store = builder.store(value, _element_pointer(builder, pointer, typ, index))
     _tag(builder, store, typ.slot)

@@ -18,9 +18,10 @@ from numba.core import types
 
 from .. import hyper
 from . import memory
-from .compiler import dtype_name, pointer, record_type, region, summing_kernel
+from .compiler import optional_pointer, record_type, region, summing_kernel
 from .formulas import value_and_grad
 from .pointer import load, store
+from .reduction import sum_all
 from .threads import Launcher, parts_for
 from .vector_math import cast
 
@@ -54,8 +55,9 @@ def chunk_sum(
 @region
 def pointwise_all(
     parts: int, record: Any, input: Any, target: Any, values: Any, grad_input: Any,
-    grad_target: Any, upstream: Any, sums: Any, scale: Any, count: int,
+    grad_target: Any, upstream: Any, sums: Any, loss: Any, scale: Any, count: int,
 ) -> None:  # fmt: skip
+    """loss = scale * the sum of the values. sums is scratch memory, a number a chunk."""
     chunks = (count + CHUNK - 1) // CHUNK
     for part in prange(parts):
         for chunk in range(part * chunks // parts, (part + 1) * chunks // parts):
@@ -66,33 +68,34 @@ def pointwise_all(
             )  # fmt: skip
             if sums is not None:
                 store(sums, chunk, total)
+    if sums is not None:
+        store(loss, 0, np.float64(scale) * sum_all(sums, chunks))
 
 
 @functools.cache
-def _launcher(record: type, *dtypes: str | None) -> Launcher:
-    """dtypes: of input, target, values, grad_input, grad_target, upstream; then of sums."""
-    compute = "float64" if dtypes[0] == "float64" else "float32"
-    slots = [types.none if d is None else pointer(d, k, compute) for k, d in enumerate(dtypes[:6])]
-    sums = types.none if dtypes[6] is None else pointer("float64", 6, "float64")
+def _launcher(record: type, *dtypes: torch.dtype | None) -> Launcher:
+    """dtypes: of input, target, values, grad_input, grad_target, upstream, sums, loss."""
+    compute = "float64" if dtypes[0] == torch.float64 else "float32"
+    widths = [compute] * 6 + ["float64"] * 2
+    slots = [optional_pointer(d, k, w) for k, (d, w) in enumerate(zip(dtypes, widths, strict=True))]
     number = getattr(types, compute)
-    return Launcher(pointwise_all, record_type(record, number), *slots, sums, number, types.intp)
+    return Launcher(pointwise_all, record_type(record, number), *slots, number, types.intp)
 
 
-def _run(
-    record: Any, tensors: tuple[torch.Tensor | None, ...], reduce: bool, scale: float
-) -> torch.Tensor | None:
-    """Launch over (input, target, values, grad_input, grad_target, upstream); sums if `reduce`."""
+def _run(record: Any, scale: float, *tensors: torch.Tensor | None) -> None:
+    """Launch over (input, target, values, grad_input, grad_target, upstream, sums, loss)."""
     count = tensors[0].numel()  # type: ignore[union-attr]
-    sums = torch.empty(-(-count // CHUNK), dtype=torch.float64) if reduce else None
-    dtypes = [None if t is None else dtype_name(t.dtype) for t in tensors]
-    launch = _launcher(type(record), *dtypes, "float64" if reduce else None)
-    addresses = [None if t is None else t.data_ptr() for t in (*tensors, sums)]
+    launch = _launcher(type(record), *[None if t is None else t.dtype for t in tensors])
+    addresses = [None if t is None else t.data_ptr() for t in tensors]
     launch(parts_for(count, GRAIN), record, *addresses, scale, count)
-    return sums
 
 
-def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
+def _empty_grad(tensor: torch.Tensor, need: bool) -> torch.Tensor | None:
     """Uninitialised, with the tensor's dtype and (dense) strides."""
+    if not need:
+        return None
+    if not memory.is_pooled(tensor):
+        return torch.empty_like(tensor)
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     flat = memory.empty(tuple(tensor.shape[d] for d in order), tensor.dtype)
     return flat.permute([order.index(d) for d in range(tensor.dim())])
@@ -105,16 +108,14 @@ def forward(
     input, target = tensors
     if options.reduction == "none":
         values = torch.empty_like(input, dtype=options.dtype)
-        _run(options.hyper, (input, target, values, None, None, None), False, 1.0)
+        _run(options.hyper, 1.0, input, target, values, None, None, None, None, None)
         return values, None
-    grads = tuple(
-        _empty_like(t) if need else None for t, need in zip(tensors, needs, strict=True)
-    )
-    scale = _scale(options, input)
-    sums = _run(options.hyper, (input, target, None, *grads, None), True, scale)
-    assert sums is not None
-    # NumPy's sum, because the order of torch's depends on the number of threads
-    loss = torch.tensor(float(sums.numpy().sum()) * scale, dtype=options.dtype)
+    grads = tuple(map(_empty_grad, tensors, needs))
+    sums = torch.empty(-(-input.numel() // CHUNK), dtype=torch.float64)
+    loss = torch.empty((), dtype=options.dtype)
+    _run(
+        options.hyper, _scale(options, input), input, target, None, *grads, None, sums, loss
+    )  # fmt: skip
     return loss, grads if any(needs) else None
 
 
@@ -126,16 +127,14 @@ def backward(
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients for any grad_output, computed anew from the inputs."""
     input, target = tensors
-    grads = tuple(
-        _empty_like(t) if need else None for t, need in zip(tensors, needs, strict=True)
-    )
+    grads = tuple(map(_empty_grad, tensors, needs))
     upstream, scale = None, 1.0
     if options.reduction == "none":
-        # the same layout as the input, element for element
+        # in the layout of the input, element for element
         upstream = torch.empty_like(input, dtype=grad_output.dtype).copy_(grad_output)
     else:
         scale = grad_output.item() * _scale(options, input)
-    _run(options.hyper, (input, target, None, *grads, upstream), False, scale)
+    _run(options.hyper, scale, input, target, None, *grads, upstream, None, None)
     return grads
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .compiler import kernel
-from .pointer import load, store
+from .pointer import load
 
 
 @kernel
@@ -32,27 +32,20 @@ def chosen_gradient(p: float, share: float, mass: float, smooth: Any, label: int
 
 @kernel
 def check_targets(
-    target: Any, weight: Any, result: Any, ignore_index: int, classes: int, count: int
-) -> None:
-    """result[0]: index of the first target out of range, or -1; result[1]: sum of the weights."""
+    target: Any, weight: Any, ignore_index: int, classes: int, count: int
+) -> tuple[bool, float]:
+    """Whether every target is in range, and the summed weight of those that count."""
     bad, used = 0, 0
     for r in range(count):
         label = load(target, r)
         counts = label != ignore_index
         bad += counts and (label < 0 or label >= classes)
         used += counts
-    store(result, 0, -1.0)
-    store(result, 1, float(used))
-    if bad > 0:
-        for r in range(count):
-            label = load(target, r)
-            if label != ignore_index and (label < 0 or label >= classes):
-                store(result, 0, float(r))
-                break
-    elif weight is not None:
+    total = np.float64(used)
+    if weight is not None and bad == 0:
         total = 0.0
         for r in range(count):
             label = load(target, r)
             if label != ignore_index:
                 total += np.float64(load(weight, label))
-        store(result, 1, total)
+    return bad == 0, total

@@ -15,6 +15,7 @@ from numba import prange
 
 from .compiler import kernel, region, summing_kernel
 from .pointer import load, store
+from .reduction import sum_all
 from .softmax import chosen_gradient, chosen_loss
 from .vector_math import cast, exp, from_ordered, ordered
 
@@ -122,7 +123,7 @@ def skip_row(r: int, losses: Any, grad: Any, classes: int, zero: Any) -> None:
 @region
 def softmax_rows(
     parts: int, x: Any, target: Any, probability: Any, weight: Any, smooth: Any, losses: Any,
-    grad: Any, upstream: Any, hard: float, scale: float, zero: Any, ignore_index: int,
+    grad: Any, upstream: Any, loss: Any, loss_scale: float, hard: float, scale: float, zero: Any, ignore_index: int,
     classes: int, inner: int, rows: int, x_outer: int, x_inner: int, t_outer: int, t_inner: int,
 ) -> None:  # fmt: skip
     """Arguments: see cross_entropy._run."""
@@ -162,3 +163,5 @@ def softmax_rows(
                     p = math.exp(np.float64(load(x, row + label)) - np.float64(top)) / total
                     g = chosen_gradient(p, share, mass, smooth, label)
                     store(grad, r * classes + label, cast(factor * g, zero))
+    if loss is not None:
+        store(loss, 0, loss_scale * sum_all(losses, rows))

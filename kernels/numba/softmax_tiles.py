@@ -15,6 +15,7 @@ from numba import prange
 
 from .compiler import kernel, region
 from .pointer import load, store
+from .reduction import sum_all
 from .softmax import chosen_gradient, chosen_loss
 from .vector_math import cast, exp
 
@@ -123,7 +124,7 @@ def finish_labels(
 @region
 def softmax_tiles(
     parts: int, x: Any, target: Any, weight: Any, smooth: Any, losses: Any, grad: Any,
-    upstream: Any, tile: Any, tops: Any, sums: Any, totals: Any, dots: Any, hard: float,
+    upstream: Any, loss: Any, loss_scale: float, tile: Any, tops: Any, sums: Any, totals: Any, dots: Any, hard: float,
     mass: float, scale: float, zero: Any, ignore_index: int, classes: int, inner: int,
     rows: int, x_outer: int, x_inner: int, x_class: int, g_outer: int, g_inner: int,
     g_class: int, width: int,
@@ -143,9 +144,7 @@ def softmax_tiles(
             r = outer * inner + first
             copy_in(x, start, x_class, x_inner, tile, at, width, count, classes)
             column_max(tile, at, width, count, classes, tops, t)
-            column_sums(
-                tile, at, width, count, classes, tops, sums, totals, dots, t, smooth
-            )
+            column_sums(tile, at, width, count, classes, tops, sums, totals, dots, t, smooth)
             for j in range(count):
                 label = load(target, r + j)
                 share, row_mass, value = 0.0, 0.0, 0.0
@@ -182,3 +181,5 @@ def softmax_tiles(
                     grad, g_start, g_class, g_inner, target, r, count, classes, dots, t,
                     ignore_index, zero,
                 )  # fmt: skip
+    if loss is not None:
+        store(loss, 0, loss_scale * sum_all(losses, rows))

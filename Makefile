@@ -1,0 +1,31 @@
+# Two commands do all their own set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test bench lint clean
+
+demo: $(STAMP)  ## train a language model with torch and with fastopt, side by side
+	$(BIN)/python bench/train.py $(ARGS)
+
+test: $(STAMP) lint  ## style, types, and every test
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMP)  ## every loss and optimizer against torch
+	$(BIN)/python bench/run.py $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cd $(VENV) && bin/mypy --config-file ../pyproject.toml -p fastopt
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
