@@ -45,7 +45,8 @@ def explain(target: Any, *args: Any, **kwargs: Any) -> Explanation:
     if isinstance(target, PlannedStep):
         return Explanation(target._decisions())
     if isinstance(target, torch.nn.Module) and hasattr(target, "_function"):
-        return Explanation((target._function.decide(*args, **target._options(), **kwargs),))
+        function, options = getattr(target, "_function"), getattr(target, "_options")  # noqa: B009
+        return Explanation((function.decide(*args, **options(), **kwargs),))
     if hasattr(target, "decide"):
         return Explanation((target.decide(*args, **kwargs),))
     raise TypeError(

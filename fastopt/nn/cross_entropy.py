@@ -90,7 +90,8 @@ def _torch_cross_entropy(*args: Any, **kwargs: Any) -> Tensor:
         call = _analyse(*args, **kwargs)
         assert call is not None
         input, target = call.tensors[:2]
-        assert input is not None and target is not None
+        assert input is not None
+        assert target is not None
         assert isinstance(call.options.hyper, hyper.CrossEntropy)
         classes = input.shape[min(1, input.dim() - 1)]
         raise out_of_bounds(target, classes, call.options.hyper.ignore_index) from None

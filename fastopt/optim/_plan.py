@@ -9,7 +9,7 @@ anew. A plan keeps the tensors whose addresses it keeps.
 
 from __future__ import annotations
 
-from itertools import chain, starmap
+from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import TYPE_CHECKING, Any
 

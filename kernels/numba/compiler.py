@@ -116,9 +116,9 @@ def specialise(dispatcher: Any, *signature: types.Type) -> Callable[..., Any]:
     return entry
 
 
-def record_type(record: type, compute: types.Type) -> types.Type:
+def record_type(record: Any, compute: types.Type) -> types.Type:
     """The numba type of a hyperparameter record held in `compute` numbers."""
-    return types.NamedUniTuple(compute, len(record._fields), record)  # type: ignore[attr-defined]
+    return types.NamedUniTuple(compute, len(record._fields), record)
 
 
 def optional_pointer(dtype: torch.dtype | None, slot: int, compute: str) -> types.Type:
@@ -184,7 +184,7 @@ def _cache_directory() -> str | None:
     return None
 
 
-class _Locator(caching._CacheLocator):  # type: ignore[misc]
+class _Locator(caching._CacheLocator):
     def __init__(self, function: Callable[..., Any]) -> None:
         self._name = function.__code__.co_filename
 
@@ -202,9 +202,9 @@ class _Locator(caching._CacheLocator):  # type: ignore[misc]
         return cls(function)
 
 
-class _CacheImpl(caching.CompileResultCacheImpl):  # type: ignore[misc]
-    _locator_classes = [_Locator]
+class _CacheImpl(caching.CompileResultCacheImpl):
+    _locator_classes = (_Locator,)
 
 
-class _Cache(caching.FunctionCache):  # type: ignore[misc]
+class _Cache(caching.FunctionCache):
     _impl_class = _CacheImpl

@@ -3,7 +3,7 @@
 With coefficients k_c (the weighted and smoothed target distribution of a position),
 mass = sum of k_c and p = softmax(x):
 
-    loss         = mass * (max + log sum exp(x - max)) - sum of k_c x_c
+    loss         = mass * log sum exp(x - max) - sum of k_c (x_c - max)
     d loss / d x = mass * p_c - k_c
 
 A class index puts one coefficient, `hard` times its class weight, on top of an optional
@@ -53,8 +53,10 @@ class _Call(NamedTuple):
 def _prepare(options: hyper.Loss, tensors: tuple[torch.Tensor | None, ...]) -> _Call:
     """Raises IndexError for a class index out of range."""
     input, target, weight = tensors
-    assert input is not None and target is not None
+    assert input is not None
+    assert target is not None
     axis = _axis(input)
+    assert isinstance(options.hyper, hyper.CrossEntropy)
     ignore_index, smoothing = options.hyper
     smooth = None
     if weight is not None:
@@ -191,7 +193,7 @@ def _empty_gradient(input: torch.Tensor, x: ClassAxis) -> torch.Tensor:
     middle = flat.as_strided(
         (x.outer, x.classes, x.inner), (g.outer_stride, g.class_stride, g.inner_stride)
     )
-    return middle.unflatten(2, input.shape[2:])
+    return middle.view(input.shape) if x.class_stride == 1 else middle.reshape(input.shape)
 
 
 def forward(

@@ -13,11 +13,11 @@ from .. import hyper
 from .compiler import formula_of
 from .vector_math import cast
 
-# -- pointwise losses: (value, d value / d input, d value / d target) -----------------
+# -- pointwise losses ------------------------------------------------------------------
 
 
-def value_and_grad(record: Any, input: Any, target: Any) -> Any:
-    """A pointwise loss and its derivatives with respect to both arguments."""
+def value_and_grad(record: Any, input: Any, target: Any, upstream: Any) -> Any:
+    """A pointwise loss, and upstream times its derivatives by input and by target."""
     raise NotImplementedError
 
 
@@ -25,19 +25,20 @@ pointwise = formula_of(value_and_grad)
 
 
 @pointwise(hyper.MSE)
-def mse(record: Any, input: Any, target: Any) -> Any:
+def mse(record: Any, input: Any, target: Any, upstream: Any) -> Any:
     difference = input - target
-    grad = difference + difference
+    half = difference * upstream  # doubled last: twice the difference may overflow
+    grad = half + half
     return difference * difference, grad, -grad
 
 
 @pointwise(hyper.L1)
-def l1(record: Any, input: Any, target: Any) -> Any:
+def l1(record: Any, input: Any, target: Any, upstream: Any) -> Any:
     difference = input - target
     zero = cast(0, difference)
-    sign = cast(1, difference) if difference > zero else difference  # 0 and NaN: themselves
-    sign = cast(-1, difference) if difference < zero else sign
-    return abs(difference), sign, -sign
+    sign = cast(1, difference) if difference > zero else zero  # as torch.sign: of NaN, 0
+    grad = upstream * (cast(-1, difference) if difference < zero else sign)
+    return abs(difference), grad, -grad
 
 
 # -- optimizers -----------------------------------------------------------------------

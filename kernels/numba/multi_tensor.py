@@ -11,7 +11,6 @@ import functools
 from typing import Any
 
 import numpy as np
-
 import torch
 from numba import prange
 from numba.core import types
@@ -99,7 +98,7 @@ def launcher(
     slots: tuple[torch.dtype | None, ...],
     grad: torch.dtype,
     step: torch.dtype | None,
-) -> tuple[Launcher, tuple[int | None, ...]]:
+) -> tuple[Launcher, tuple[object, ...]]:
     """The compiled update for one kind of bucket, and the tag to call it with.
 
     Args:

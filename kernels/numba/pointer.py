@@ -27,7 +27,7 @@ _IR = {
 }
 
 
-class Pointer(types.Type):  # type: ignore[misc]  # numba has no types for mypy
+class Pointer(types.Type):
     """Address of elements stored as `element` and computed with as `compute`.
 
     Args:
@@ -44,7 +44,7 @@ class Pointer(types.Type):  # type: ignore[misc]  # numba has no types for mypy
         super().__init__(f"Pointer({element}, {compute}, {slot})")
 
 
-class Rows(types.Type):  # type: ignore[misc]
+class Rows(types.Type):
     """Address of a float64 table with one row per record of type `record`."""
 
     def __init__(self, record: type) -> None:
@@ -54,7 +54,7 @@ class Rows(types.Type):  # type: ignore[misc]
 
 @register_model(Pointer)
 @register_model(Rows)
-class _AddressModel(models.PrimitiveModel):  # type: ignore[misc]
+class _AddressModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: types.Type) -> None:
         super().__init__(dmm, fe_type, _BYTE.as_pointer())
 

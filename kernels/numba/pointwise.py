@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
-
 import torch
 from numba import prange
 from numba.core import types
@@ -38,17 +38,17 @@ def chunk_sum(
 ) -> float:  # fmt: skip
     total = cast(0, scale)
     for i in range(begin, end):
-        value, d_input, d_target = value_and_grad(record, load(input, i), load(target, i))
-        total += value
         factor = scale
         if upstream is not None:
             factor = load(upstream, i)
+        value, d_input, d_target = value_and_grad(record, load(input, i), load(target, i), factor)
+        total += value
         if values is not None:
             store(values, i, value)
         if grad_input is not None:
-            store(grad_input, i, d_input * factor)
+            store(grad_input, i, d_input)
         if grad_target is not None:
-            store(grad_target, i, d_target * factor)
+            store(grad_target, i, d_target)
     return np.float64(total)
 
 
@@ -73,7 +73,7 @@ def pointwise_all(
 
 
 @functools.cache
-def _launcher(record: type, *dtypes: torch.dtype | None) -> Launcher:
+def _launcher(record: Hashable, *dtypes: torch.dtype | None) -> Launcher:
     """dtypes: of input, target, values, grad_input, grad_target, upstream, sums, loss."""
     compute = "float64" if dtypes[0] == torch.float64 else "float32"
     widths = [compute] * 6 + ["float64"] * 2
@@ -85,7 +85,8 @@ def _launcher(record: type, *dtypes: torch.dtype | None) -> Launcher:
 def _run(record: Any, scale: float, *tensors: torch.Tensor | None) -> None:
     """Launch over (input, target, values, grad_input, grad_target, upstream, sums, loss)."""
     count = tensors[0].numel()  # type: ignore[union-attr]
-    launch = _launcher(type(record), *[None if t is None else t.dtype for t in tensors])
+    kind: Hashable = record.__class__
+    launch = _launcher(kind, *[None if t is None else t.dtype for t in tensors])
     addresses = [None if t is None else t.data_ptr() for t in tensors]
     launch(parts_for(count, GRAIN), record, *addresses, scale, count)
 

@@ -41,7 +41,7 @@ def check_targets(
         counts = label != ignore_index
         bad += counts and (label < 0 or label >= classes)
         used += counts
-    total = np.float64(used)
+    total = float(used)
     if weight is not None and bad == 0:
         total = 0.0
         for r in range(count):

@@ -73,27 +73,28 @@ def coefficient(probability: Any, weight: Any, smooth: Any, base: int, c: int, z
 @summing_kernel
 def block_coefficients(
     x: Any, row: int, probability: Any, weight: Any, smooth: Any, base: int,
-    begin: int, end: int, zero: Any,
+    begin: int, end: int, top: Any,
 ) -> tuple[float, float]:  # fmt: skip
-    """Sums of k_c and of k_c x_c over a block of classes."""
+    """Sums of k_c and of k_c (x_c - max) over a block of classes."""
+    zero = cast(0, top)
     total, dot = zero, zero
     for c in range(begin, end):
         k = coefficient(probability, weight, smooth, base, c, zero)
         total += k
-        dot += k * load(x, row + c)
+        dot += k * (load(x, row + c) - top)
     return np.float64(total), np.float64(dot)
 
 
 @kernel
 def row_coefficients(
-    x: Any, row: int, probability: Any, weight: Any, smooth: Any, base: int, classes: int, zero: Any
+    x: Any, row: int, probability: Any, weight: Any, smooth: Any, base: int, classes: int, top: Any
 ) -> tuple[float, float]:
-    """Sums of k_c and of k_c x_c over a row; 0 and 0 for a hard target without smoothing."""
+    """Sums of k_c and of k_c (x_c - max) over a row; 0 and 0 for a hard target without smoothing."""
     mass, dot = 0.0, 0.0
     if smooth is not None or probability is not None:
         for begin in range(0, classes, BLOCK):
             end = min(begin + BLOCK, classes)
-            k, kx = block_coefficients(x, row, probability, weight, smooth, base, begin, end, zero)
+            k, kx = block_coefficients(x, row, probability, weight, smooth, base, begin, end, top)
             mass += k
             dot += kx
     return mass, dot
@@ -123,8 +124,9 @@ def skip_row(r: int, losses: Any, grad: Any, classes: int, zero: Any) -> None:
 @region
 def softmax_rows(
     parts: int, x: Any, target: Any, probability: Any, weight: Any, smooth: Any, losses: Any,
-    grad: Any, upstream: Any, loss: Any, loss_scale: float, hard: float, scale: float, zero: Any, ignore_index: int,
-    classes: int, inner: int, rows: int, x_outer: int, x_inner: int, t_outer: int, t_inner: int,
+    grad: Any, upstream: Any, loss: Any, loss_scale: float, hard: float, scale: float, zero: Any,
+    ignore_index: int, classes: int, inner: int, rows: int, x_outer: int, x_inner: int,
+    t_outer: int, t_inner: int,
 ) -> None:  # fmt: skip
     """Arguments: see cross_entropy._run."""
     for part in prange(parts):
@@ -138,7 +140,7 @@ def softmax_rows(
                     skip_row(r, losses, grad, classes, zero)
                     continue
             top, total = softmax_statistics(x, row, classes, zero)
-            mass, dot = row_coefficients(x, row, probability, weight, smooth, base, classes, zero)
+            mass, dot = row_coefficients(x, row, probability, weight, smooth, base, classes, top)
             share = 0.0
             if target is not None:
                 share = hard
@@ -149,7 +151,7 @@ def softmax_rows(
                 if target is not None:
                     value = chosen_loss(load(x, row + label), top, total, share)
                 if smooth is not None or probability is not None:
-                    value += mass * (np.float64(top) + math.log(total)) - dot
+                    value += mass * math.log(total) - dot
                 store(losses, r, value)
             if grad is not None:
                 factor = scale

@@ -62,7 +62,7 @@ def column_sums(
     tile: Any, at: int, width: int, count: int, classes: int, tops: Any, sums: Any,
     totals: Any, dots: Any, t: int, smooth: Any,
 ) -> None:  # fmt: skip
-    """totals = sum of exp(x - top), which replaces x in the tile; dots = sum of smooth_c x_c."""
+    """totals = sum of exp(x - top), which replaces x in the tile; dots = sum of smooth_c (x - top)."""
     for j in range(count):
         store(totals, t + j, 0.0)
         if smooth is not None:
@@ -72,11 +72,11 @@ def column_sums(
             store(sums, t + j, cast(0, load(tops, t + j)))
         for c in range(begin, min(begin + BLOCK, classes)):
             for j in range(count):
-                v = load(tile, at + c * width + j)
+                v = load(tile, at + c * width + j) - load(tops, t + j)
                 if smooth is not None:
                     dot = np.float64(load(smooth, c)) * np.float64(v)
                     store(dots, t + j, load(dots, t + j) + dot)
-                e = exp(v - load(tops, t + j))
+                e = exp(v)
                 store(tile, at + c * width + j, e)
                 store(sums, t + j, load(sums, t + j) + e)
         for j in range(count):
@@ -124,10 +124,10 @@ def finish_labels(
 @region
 def softmax_tiles(
     parts: int, x: Any, target: Any, weight: Any, smooth: Any, losses: Any, grad: Any,
-    upstream: Any, loss: Any, loss_scale: float, tile: Any, tops: Any, sums: Any, totals: Any, dots: Any, hard: float,
-    mass: float, scale: float, zero: Any, ignore_index: int, classes: int, inner: int,
-    rows: int, x_outer: int, x_inner: int, x_class: int, g_outer: int, g_inner: int,
-    g_class: int, width: int,
+    upstream: Any, loss: Any, loss_scale: float, tile: Any, tops: Any, sums: Any, totals: Any,
+    dots: Any, hard: float, mass: float, scale: float, zero: Any, ignore_index: int,
+    classes: int, inner: int, rows: int, x_outer: int, x_inner: int, x_class: int,
+    g_outer: int, g_inner: int, g_class: int, width: int,
 ) -> None:  # fmt: skip
     """Arguments: see cross_entropy._run. mass is the sum over `smooth`; tile, tops, sums,
     totals and dots are scratch memory, of width numbers (tile: width * classes) per part.
@@ -156,8 +156,7 @@ def softmax_tiles(
                     chosen = load(x, start + j * x_inner + label * x_class)
                     value = chosen_loss(chosen, top, total, share)
                     if smooth is not None:
-                        log_total = np.float64(top) + math.log(total)
-                        value += mass * log_total - load(dots, t + j)
+                        value += mass * math.log(total) - load(dots, t + j)
                 if losses is not None:
                     store(losses, r + j, value)
                 if grad is not None:

@@ -18,8 +18,11 @@ from numba.extending import intrinsic, overload
 from .compiler import FUNCTION_OPTIONS, inlined
 
 # By float type: the integer of its size, the bits of its mantissa, its exponent's bias.
-_FORMAT = {types.float32: (types.int32, 23, 127), types.float64: (types.int64, 52, 1023)}
-_FLOAT = {types.int32: types.float32, types.int64: types.float64}
+_FORMAT: dict[Any, tuple[Any, int, int]] = {
+    types.float32: (types.int32, 23, 127),
+    types.float64: (types.int64, 52, 1023),
+}
+_FLOAT: dict[Any, Any] = {types.int32: types.float32, types.int64: types.float64}
 
 
 @intrinsic
@@ -33,7 +36,7 @@ def cast(typingctx: Any, value: Any, like: Any) -> Any:
 
 
 def _flip(builder: Any, bits: Any) -> Any:
-    """Invert the lower bits of negative numbers: sign and magnitude to two's complement, or back."""
+    """Sign and magnitude to two's complement, or back: invert the lower bits of negatives."""
     width = bits.type.width
     sign = builder.ashr(bits, ir.Constant(bits.type, width - 1))
     return builder.xor(bits, builder.and_(sign, ir.Constant(bits.type, 2 ** (width - 1) - 1)))
@@ -89,7 +92,8 @@ def exp(x: Any) -> Any:
 @overload(exp, jit_options=FUNCTION_OPTIONS)
 def _exp(x: Any) -> Any:
     if x == types.float32:
-        number, tail = np.float32, _tail_float32
+        number: Any = np.float32
+        tail = _tail_float32
         shifter, lowest = number(1.5 * 2**23), number(-87.0)
         ln2_high, ln2_low = number(0.693359375), number(-2.12194440e-4)
     else:

@@ -6,6 +6,9 @@ against it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
@@ -28,21 +31,18 @@ def loss(options: hyper.Loss, tensors: tuple[torch.Tensor | None, ...]) -> torch
         return _LOSSES[type(options.hyper)](options, *compute)
 
 
-def _cross_entropy(
-    options: hyper.Loss,
-    input: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None,
-) -> torch.Tensor:
+def _cross_entropy(options: hyper.Loss, input: Any, target: Any, weight: Any) -> torch.Tensor:
     assert isinstance(options.hyper, hyper.CrossEntropy)
     return F.cross_entropy(
         input, target, weight, reduction=options.reduction, **options.hyper._asdict()
     )
 
 
-_LOSSES = {
-    hyper.MSE: lambda options, *tensors: F.mse_loss(*tensors, reduction=options.reduction),
-    hyper.L1: lambda options, *tensors: F.l1_loss(*tensors, reduction=options.reduction),
+_LOSSES: dict[type, Callable[..., torch.Tensor]] = {
+    hyper.MSE: lambda options, input, target: F.mse_loss(
+        input, target, reduction=options.reduction
+    ),
+    hyper.L1: lambda options, input, target: F.l1_loss(input, target, reduction=options.reduction),
     hyper.CrossEntropy: _cross_entropy,
 }
 

@@ -1,0 +1,38 @@
+"""Fresh random data in every run (the seed is printed with a failure), poisoned memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
+hypothesis.settings.register_profile("fuzz", deadline=None, print_blob=True, max_examples=5000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seed torch with a new number; set FASTOPT_TEST_SEED to the printed one to repeat."""
+    number = int(os.environ.get("FASTOPT_TEST_SEED", torch.seed() % 2**31))
+    torch.manual_seed(number)
+    print(f"FASTOPT_TEST_SEED={number}")
+    return number
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Uninitialised memory is NaN: an element left unwritten shows."""
+    from fastopt.kernels.numba import memory
+
+    clean = memory.empty
+    monkeypatch.setattr(
+        memory, "empty", lambda shape, dtype: clean(shape, dtype).fill_(float("nan"))
+    )
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # makes torch.empty fill with NaN
+    yield
+    torch.use_deterministic_algorithms(before)

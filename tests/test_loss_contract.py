@@ -1,0 +1,246 @@
+"""What surrounds a loss in torch: derivatives of any order, transforms, autocast, modules."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as theirs
+from hypothesis import given
+from torch import Tensor
+
+import fastopt
+import fastopt.nn.functional as ours
+
+LABELS = torch.tensor([1, 0, -100, 3])
+
+
+def cross_entropy_of(module: object, **options: object) -> Callable[[Tensor], Tensor]:
+    return lambda x: module.cross_entropy(x, LABELS, **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2}])
+def test_cross_entropy_derivatives(reduction: str, options: dict[str, float]) -> None:
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(5, dtype=torch.float64)
+    function = cross_entropy_of(ours, reduction=reduction, weight=weight, **options)
+    with fastopt.use_backend("numba"):
+        assert torch.autograd.gradcheck(function, x)
+        assert torch.autograd.gradgradcheck(function, x)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("operation", ["mse_loss", "l1_loss"])
+def test_pointwise_derivatives(operation: str, reduction: str) -> None:
+    x, y = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    with fastopt.use_backend("numba"):
+        for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+            assert check(lambda *a: getattr(ours, operation)(*a, reduction=reduction), (x, y))
+
+
+def test_one_tensor_as_both_arguments() -> None:
+    x = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    with fastopt.use_backend("numba"):
+        loss = ours.mse_loss(x, x, reduction="sum")
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        (second,) = torch.autograd.grad(grad.sum(), x, allow_unused=True)
+    assert torch.equal(grad, torch.zeros(5, dtype=torch.float64))
+    assert second is None or torch.equal(second, torch.zeros(5, dtype=torch.float64))
+
+
+def test_gradient_to_one_argument_only() -> None:
+    x, y = torch.randn(9, requires_grad=True), torch.randn(9, requires_grad=True)
+    with fastopt.use_backend("numba"):
+        ours.mse_loss(x.detach(), y).backward()
+        ours.l1_loss(x, y.detach()).backward()
+    torch.testing.assert_close(y.grad, 2 * (y - x).detach() / 9)
+    torch.testing.assert_close(x.grad, (x - y).detach().sign() / 9)
+
+
+def test_transforms_follow_torch() -> None:
+    x = torch.randn(4, 5, dtype=torch.float64)
+    batch = torch.randn(3, 4, 5, dtype=torch.float64)
+    tangent = torch.randn_like(x)
+    mine, torchs = cross_entropy_of(ours), cross_entropy_of(theirs)
+    for transform in (
+        lambda f: torch.func.grad(f)(x),
+        lambda f: torch.func.hessian(f)(x),
+        lambda f: torch.func.vmap(f)(batch),
+        lambda f: torch.func.vmap(torch.func.grad(f))(batch),
+        lambda f: torch.func.jvp(f, (x,), (tangent,))[1],
+        lambda f: torch.func.jacrev(f)(x),
+    ):
+        assert torch.equal(transform(mine), transform(torchs))
+
+
+def test_forward_mode() -> None:
+    x = torch.randn(4, 5)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        tangents = [
+            torch.autograd.forward_ad.unpack_dual(f(dual)).tangent
+            for f in (cross_entropy_of(ours), cross_entropy_of(theirs))
+        ]
+    assert torch.equal(*tangents)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype: torch.dtype) -> None:
+    x = torch.randn(33, 50).to(dtype).requires_grad_()
+    t, weight = torch.randint(0, 50, (33,)), torch.rand(50)
+    y = torch.randn(33, 50)
+    for name, arguments in (
+        ("cross_entropy", (x, t)),
+        ("cross_entropy", (x, t, weight)),
+        ("mse_loss", (x, y)),
+        ("l1_loss", (x, x.detach() + 1)),
+    ):
+        outcomes = []
+        for module in (ours, theirs):
+            with torch.autocast("cpu", dtype=torch.bfloat16), fastopt.use_backend("numba"):
+                loss = getattr(module, name)(*arguments)
+            outcomes.append((loss, *torch.autograd.grad(loss * 3, x)))
+        (mine, grad), (torchs, torch_grad) = outcomes
+        assert mine.dtype == torchs.dtype == torch.float32
+        assert grad.dtype == dtype
+        torch.testing.assert_close(mine, torchs)
+        torch.testing.assert_close(grad, torch_grad)
+
+
+def test_mixed_dtypes_promote() -> None:
+    x = torch.randn(50).bfloat16().requires_grad_()
+    y = torch.randn(50, requires_grad=True)
+    with fastopt.use_backend("numba"):
+        loss = ours.mse_loss(x, y)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, theirs.mse_loss(x.float(), y))
+    assert x.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(y.grad, 2 * (y - x).detach() / 50)
+
+
+def test_broadcasting_warns_like_torch() -> None:
+    x, y = torch.randn(3, 1, requires_grad=True), torch.randn(4)
+    with pytest.warns(UserWarning, match="target size"):
+        loss = ours.mse_loss(x, y)
+    with pytest.warns(UserWarning, match="target size"):
+        assert torch.equal(loss, theirs.mse_loss(x, y))
+
+
+def test_elementwise_weights() -> None:
+    x, y, w = torch.randn(6), torch.randn(6), torch.rand(6)
+    for name in ("mse_loss", "l1_loss"):
+        mine = getattr(ours, name)(x, y, weight=w)
+        assert torch.equal(mine, getattr(theirs, name)(x, y, weight=w))
+
+
+def test_deprecated_arguments() -> None:
+    x, y = torch.randn(6), torch.randn(6)
+    with pytest.warns(UserWarning, match="deprecated"):
+        assert torch.equal(ours.mse_loss(x, y, size_average=False), ((x - y) ** 2).sum())
+
+
+def test_inference_mode_and_no_grad() -> None:
+    x, t = torch.randn(64, 100), torch.randint(0, 100, (64,))
+    expected = theirs.cross_entropy(x, t)
+    with fastopt.use_backend("numba"):
+        with torch.inference_mode():
+            torch.testing.assert_close(ours.cross_entropy(x, t), expected)
+        with torch.no_grad():
+            loss = ours.cross_entropy(x.requires_grad_(), t)
+    assert not loss.requires_grad
+
+
+def test_logits_changed_after_a_plain_forward() -> None:
+    """The usual backward doesn't need the logits; a scaled one says that they changed."""
+    x, t = torch.randn(6, 200, requires_grad=True), torch.randint(0, 200, (6,))
+    (expected,) = torch.autograd.grad(theirs.cross_entropy(x, t), x)
+    for factor in (1.0, 0.5):
+        logits = x * 1.0
+        with fastopt.use_backend("numba"):
+            loss = ours.cross_entropy(logits, t) * factor
+        logits.detach().zero_()
+        if factor == 1.0:
+            torch.testing.assert_close(torch.autograd.grad(loss, x)[0], expected)
+        else:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(loss, x)
+
+
+@pytest.mark.parametrize("name", ["MSELoss", "L1Loss", "CrossEntropyLoss"])
+def test_modules_are_torchs(name: str) -> None:
+    options = {"reduction": "sum"}
+    if name == "CrossEntropyLoss":
+        options |= {"weight": torch.rand(4), "label_smoothing": 0.1, "ignore_index": 2}
+    mine = getattr(fastopt.nn, name)(**options)
+    torchs = getattr(torch.nn, name)(**options)
+    assert isinstance(mine, getattr(torch.nn, name))
+    assert repr(mine) == repr(torchs)
+    assert mine.state_dict().keys() == torchs.state_dict().keys()
+    torchs.load_state_dict(mine.state_dict())
+    x = torch.randn(3, 4)
+    target = torch.tensor([0, 2, 3]) if name == "CrossEntropyLoss" else torch.randn(3, 4)
+    for twin in (mine, copy.deepcopy(mine), pickle.loads(pickle.dumps(mine))):
+        torch.testing.assert_close(twin(x, target), torchs(x, target))
+        with fastopt.use_backend("numba"):
+            torch.testing.assert_close(twin(x, target), torchs(x, target))
+
+
+class _Wrapped(torch.Tensor):
+    """A tensor subclass, whose overrides torch has to see."""
+
+
+def test_tensor_subclasses_stay() -> None:
+    x = torch.randn(3, 5).as_subclass(_Wrapped)
+    assert type(ours.cross_entropy(x, torch.tensor([0, 1, 2]))) is _Wrapped
+
+
+shapes = st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple)
+
+
+@given(
+    rows=st.integers(0, 70),
+    classes=st.integers(1, 200),
+    spatial=st.lists(st.integers(1, 5), max_size=2).map(tuple),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+    smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+    ignored=st.sampled_from([-100, 0, 3]),
+    weighted=st.booleans(),
+    last=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_any_cross_entropy(
+    rows: int, classes: int, spatial: tuple[int, ...], reduction: str, smoothing: float,
+    ignored: int, weighted: bool, last: bool, seed: int,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    x = torch.randn(rows, classes, *spatial) * 5
+    if last:
+        x = torch.randn(rows, *spatial, classes).movedim(-1, 1)
+    t = torch.randint(0, classes, (rows, *spatial))
+    weight = torch.rand(classes) if weighted else None
+    options = {"reduction": reduction, "label_smoothing": smoothing, "ignore_index": ignored}
+    grads = []
+    for module in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        with fastopt.use_backend("numba"):
+            loss = module.cross_entropy(leaf, t, weight, **options)
+        upstream = torch.linspace(-1, 1, loss.numel()).view(loss.shape)
+        grads.append((loss.detach(), torch.autograd.grad(loss, leaf, upstream)[0]))
+    for mine, torchs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, torchs, rtol=2e-5, atol=1e-5, equal_nan=True)
+
+
+@given(shape=shapes, order=st.randoms(), operation=st.sampled_from(["mse_loss", "l1_loss"]))
+def test_any_dense_layout(shape: tuple[int, ...], order: object, operation: str) -> None:
+    axes = list(range(len(shape)))
+    order.shuffle(axes)
+    x, y = (torch.randn(shape).permute(axes) for _ in range(2))
+    with fastopt.use_backend("numba"):
+        mine = getattr(ours, operation)(x, y, reduction="none")
+    torch.testing.assert_close(mine, getattr(theirs, operation)(x, y, reduction="none"))
