@@ -8,8 +8,9 @@ import sys
 
 import torch
 
-from . import __version__
-from .dispatch import BACKENDS, CROSSOVER, LOSSES, OPTIMIZERS, Request
+from . import __version__, optim
+from .dispatch import BACKENDS, CROSSOVER, Request
+from .nn import functional
 
 
 def main() -> int:
@@ -22,7 +23,7 @@ def main() -> int:
     print(f"devices {', '.join(_devices())}")
     print("\nOperations and backends, for float32 on each device:")
     for device in dict.fromkeys(name.split(":")[0] for name in _devices()):
-        for operation in (*sorted(LOSSES), *sorted(OPTIMIZERS)):
+        for operation in (*functional.__all__, *optim.__all__):
             dtypes = (torch.float32,) * 2
             request = Request(operation, device, dtypes, max(CROSSOVER.values()))
             print(f"  {operation} on {device}")

@@ -13,7 +13,7 @@ import functools
 import importlib
 import importlib.util
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
@@ -108,8 +108,9 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _names(values: object) -> str:
-    return ", ".join(sorted(_name(v) if isinstance(v, torch.dtype) else str(v) for v in values))  # type: ignore[attr-defined]
+def _names(values: Iterable[object]) -> str:
+    words = (_name(v) if isinstance(v, torch.dtype) else str(v) for v in values)
+    return ", ".join(sorted(words)) or "none"
 
 
 # -- the rules' building blocks ------------------------------------------------------
@@ -117,8 +118,6 @@ def _names(values: object) -> str:
 _FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 _HALVES = frozenset({torch.bfloat16, torch.float16})
 _LABELS = frozenset({torch.int64, torch.uint8})
-LOSSES = frozenset({"mse_loss", "l1_loss", "cross_entropy"})
-OPTIMIZERS = frozenset({"SGD", "Adam", "AdamW", "RMSprop"})
 
 
 def _installed(module: str) -> Rule:
@@ -141,7 +140,6 @@ def _one_of(what: Callable[[Request], str], supported: frozenset[str], label: st
 
 
 _COMMON = (
-    _one_of(lambda r: r.operation, LOSSES | OPTIMIZERS, "operation"),
     Rule(
         lambda r: not r.special,
         lambda r: f"{'; '.join(r.special)} (supported: none of these)",

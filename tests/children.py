@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fastopt
 import numpy as np
 import torch
+
+import fastopt
 
 ROOT = Path(__file__).resolve().parent.parent
 HANG = 240  # seconds; turns a deadlock into a failure, and measures nothing

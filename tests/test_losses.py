@@ -141,6 +141,8 @@ INF, NAN = float("inf"), float("nan")
 def test_extreme_logits(dtype: torch.dtype, classes: int, smoothing: float) -> None:
     """The same infinities and NaN as torch, and else its values."""
     big = 0.4 * torch.finfo(dtype).max
+    if dtype == torch.float64:
+        big /= classes  # the oracle adds up the classes before it divides
     x = torch.randn(14, classes).to(dtype)
     t = torch.full((14,), classes - 1)
     x[0, : classes - 2] = -INF  # whole leading blocks

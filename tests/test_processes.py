@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-import fastopt
 import numpy as np
 import pytest
 import torch
-from children import LENGTH, assert_right, assert_same, results, run
+from children import HANG, LENGTH, assert_right, assert_same, results, run
+
+import fastopt
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system can't fork")
 
@@ -61,6 +63,7 @@ def in_fork(function: Callable[[], None]) -> None:
     if child == 0:
         status = 1
         try:
+            signal.alarm(HANG // 4)  # a child that hangs outlives its parent's end
             function()
             status = 0
         except BaseException:
@@ -70,24 +73,20 @@ def in_fork(function: Callable[[], None]) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def check_child(expected: list[np.ndarray] | None = None) -> None:
-    found = results(0)
-    from fastopt.kernels.numba import threads
-
-    assert threads.parts_for(1 << 30, 1) == 1, "a forked child runs serially"
-    if expected is not None:
-        assert_same(found, expected)
-    # Torch's own parallel loops hang in a forked child unless they are told to be serial.
-    torch.set_num_threads(1)
-    assert_right(found, 0)
-
-
 def fork_after_use() -> None:
     torch.set_num_threads(2)
     expected = results(0)
-    in_fork(lambda: check_child(expected))
-    in_fork(lambda: in_fork(lambda: check_child(expected)))
+
+    def check() -> None:
+        from fastopt.kernels.numba import threads
+
+        assert_same(results(0), expected)
+        assert threads.parts_for(1 << 30, 1) == 1, "a forked child runs serially"
+
+    in_fork(check)
+    in_fork(lambda: in_fork(check))
     assert_same(results(0), expected)  # the parent goes on in parallel
+    assert_right(expected, 0)
 
 
 @forks
@@ -145,7 +144,13 @@ def fork_before_use(parent: str) -> None:
                 array[i] = i
 
         fill(np.zeros(1 << 20))
-    in_fork(check_child)
+
+    def check() -> None:
+        found = results(0)
+        torch.set_num_threads(1)  # torch's own parallel loops hang in a forked child
+        assert_right(found, 0)
+
+    in_fork(check)
 
 
 @forks

@@ -174,7 +174,7 @@ def loss_function(
     """
 
     def decorate(documented: Callable[P, None]) -> Callable[P, Tensor]:
-        small = dispatch.CROSSOVER[documented.__name__]
+        small = dispatch.CROSSOVER.get(documented.__name__, 0)
 
         @functools.wraps(documented)
         def function(*args: P.args, **kwargs: P.kwargs) -> Tensor:
