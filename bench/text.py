@@ -69,5 +69,5 @@ def batches(ids: Tensor, size: int, context: int, seed: int) -> Iterator[tuple[T
     window = torch.arange(context + 1)
     while True:
         starts = torch.randint(len(ids) - context, (size, 1), generator=generator)
-        excerpts = ids[starts + window].to(ids.device)
+        excerpts = ids[starts + window]
         yield excerpts[:, :-1], excerpts[:, 1:].flatten()

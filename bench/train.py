@@ -268,14 +268,16 @@ def report(theirs: Run, ours: Run) -> None:
         ratio = milliseconds / mine[part]
         print(f"{part:12}{milliseconds:12.1f}{mine[part]:12.1f}{ratio:8.2f}")
 
+    print()
+    for run in (theirs, ours):
+        start, end = run.losses[0], run.final_loss()
+        print(
+            f"loss with {run.name:8} {start:.4f} at the start, {end:.4f} over the last {LAST} steps"
+        )
     differences = [abs(b - a) / a for a, b in zip(theirs.losses, ours.losses, strict=True)]
     print(
-        f"\nloss, torch:   {theirs.losses[0]:.4f} at the start, {theirs.final_loss():.4f} at the end"
-    )
-    print(f"loss, fastopt: {ours.losses[0]:.4f} at the start, {ours.final_loss():.4f} at the end")
-    print(
-        f"largest relative difference: {max(differences[:EARLY]):.1e} over the first {EARLY} steps, "
-        f"{max(differences):.1e} over all {len(differences)}"
+        f"largest relative difference: {max(differences[:EARLY]):.1e} over the first {EARLY} "
+        f"steps, {max(differences):.1e} over all {len(differences)}"
     )
     print(f"whole step: {speed_up(theirs, ours):.2f} times as fast with fastopt\n")
 

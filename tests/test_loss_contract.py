@@ -30,7 +30,7 @@ def test_cross_entropy_derivatives(reduction: str, options: dict[str, float]) ->
     weight = torch.rand(5, dtype=torch.float64)
     function = cross_entropy_of(ours, reduction=reduction, weight=weight, **options)
     with fastopt.use_backend("numba"):
-        assert torch.autograd.gradcheck(function, x)
+        assert torch.autograd.gradcheck(function, x, check_batched_grad=True)
         assert torch.autograd.gradgradcheck(function, x)
 
 
@@ -87,6 +87,17 @@ def test_forward_mode() -> None:
             for f in (cross_entropy_of(ours), cross_entropy_of(theirs))
         ]
     assert torch.equal(*tangents)
+
+
+def test_compiled_with_the_rest() -> None:
+    """Inside torch.compile a loss is a node of the graph, without a break."""
+    x, t = torch.randn(64, 3000, requires_grad=True), torch.randint(0, 3000, (64,))
+    criterion = fastopt.nn.CrossEntropyLoss(label_smoothing=0.1)
+    compiled = torch.compile(lambda x: criterion(x * 2, t), fullgraph=True, backend="aot_eager")
+    loss = compiled(x)
+    torch.testing.assert_close(loss, theirs.cross_entropy(x * 2, t, label_smoothing=0.1))
+    loss.backward()
+    assert x.grad is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -134,12 +134,17 @@ class _FusedLoss(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grad_output is None:
             return (None,) * (2 + len(needs))
-        if torch.is_grad_enabled():  # create_graph=True
-            grads = _differentiable_grads(ctx.options, ctx.saved_tensors, grad_output, needs)
+        if torch.is_grad_enabled() or _is_batched(grad_output):  # create_graph, is_grads_batched
+            grads = _torch_grads(ctx.options, ctx.saved_tensors, grad_output, needs)
         elif grads is None or not _is_one(grad_output):
             del grads
             grads = ctx.backend.backward(ctx.options, ctx.saved_tensors, grad_output, needs)
         return (None, None, *grads)
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 def _is_one(grad_output: Tensor) -> bool:
@@ -147,18 +152,20 @@ def _is_one(grad_output: Tensor) -> bool:
     return grad_output.dim() == 0 and grad_output.item() == 1.0
 
 
-def _differentiable_grads(
+def _torch_grads(
     options: hyper.Loss, tensors: Tensors, grad_output: Tensor, needs: tuple[bool, ...]
 ) -> Tensors:
-    """The gradients as a graph of torch's own operations."""
-    # Views, so that an input given twice counts once per place.
-    inputs = tuple(
-        t.view_as(t) if need and t is not None else t
-        for t, need in zip(tensors, needs, strict=True)
-    )
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
-    loss = reference.loss(options, inputs)
-    grads = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=True))
+    """The gradients by torch's own operations, themselves differentiable if need be."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that an input given twice counts once per place.
+        inputs = tuple(
+            t.view_as(t) if need and t is not None else t
+            for t, need in zip(tensors, needs, strict=True)
+        )
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
+        loss = reference.loss(options, inputs)
+    grads = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=create_graph))
     return tuple(next(grads) if need else None for need in needs)
 
 
@@ -178,6 +185,8 @@ def loss_function(
 
         @functools.wraps(documented)
         def function(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+            if torch.compiler.is_compiling():  # one node of the graph, compiled with the rest
+                return fallback(*args, **kwargs)
             # `choose` would say the same, but takes a tenth of a small call's time to ask.
             if args and type(args[0]) is Tensor and args[0].numel() < small and (
                 args[0].is_cpu and dispatch.insisted() is None

@@ -70,11 +70,11 @@ class StepPlan:
             or any(p.grad is None for p in self.reference)
         ):
             return False
-        if self.reference:  # torch may have created states since
-            self._states = [optimizer.state[p] for p in self._params if p in optimizer.state]
-        if not _same(optimizer.state.values(), self._states):
-            return False
-        if not all(bucket.holds(self._spans) for bucket in self._buckets):
+        if self.reference:  # torch creates states in its own time
+            same_states = all(bucket.has_states_of(optimizer) for bucket in self._buckets)
+        else:
+            same_states = _same(optimizer.state.values(), self._states)
+        if not same_states or not all(bucket.holds(self._spans) for bucket in self._buckets):
             return False
         hypers = [tuple(group.values()) for group in optimizer.param_groups]
         if self._fixed and hypers == self._hypers and grad_factor == self._grad_factor:
@@ -164,6 +164,11 @@ class Bucket:
         for line, (group, begins) in zip(self._hypers, self._rows, strict=True):
             line[:] = optimizer._hyper(optimizer.param_groups[group], begins)
             line[0] *= grad_factor
+
+    def has_states_of(self, optimizer: PlannedStep) -> bool:
+        """Whether the optimizer still has the same dicts of states for these parameters."""
+        states = optimizer.state
+        return all(states.get(p) is d for p, d in zip(self._params, self._state_dicts))  # noqa: B905
 
     def holds(self, written: Spans) -> bool:
         """Prove all addresses but the gradients', and replace those."""

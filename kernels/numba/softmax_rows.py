@@ -89,7 +89,7 @@ def block_coefficients(
 def row_coefficients(
     x: Any, row: int, probability: Any, weight: Any, smooth: Any, base: int, classes: int, top: Any
 ) -> tuple[float, float]:
-    """Sums of k_c and of k_c (x_c - max) over a row; 0 and 0 for a hard target without smoothing."""
+    """Sums of k_c and of k_c (x_c - max) over a row; zeros for a plain class index."""
     mass, dot = 0.0, 0.0
     if smooth is not None or probability is not None:
         for begin in range(0, classes, BLOCK):

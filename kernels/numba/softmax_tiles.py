@@ -62,7 +62,7 @@ def column_sums(
     tile: Any, at: int, width: int, count: int, classes: int, tops: Any, sums: Any,
     totals: Any, dots: Any, t: int, smooth: Any,
 ) -> None:  # fmt: skip
-    """totals = sum of exp(x - top), which replaces x in the tile; dots = sum of smooth_c (x - top)."""
+    """totals = sum of exp(x - top), put in place of x; dots = sum of smooth_c (x - top)."""
     for j in range(count):
         store(totals, t + j, 0.0)
         if smooth is not None:
