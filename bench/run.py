@@ -18,14 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fastopt
-import fastopt.nn.functional as ours
 import torch
 import torch.nn.functional as theirs
 from cases import LOSSES, OPTIMIZERS, LossRow, OptimizerRow
 from timer import interleaved, median, spread
 from torch.nn import Parameter
 from tqdm import tqdm
+
+import fastopt
+import fastopt.nn.functional as ours
 
 Call = Callable[[], object]
 

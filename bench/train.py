@@ -80,14 +80,14 @@ class Stopwatch:
     """Seconds since the last look, with the device's work done."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._device = device
         self._last = 0.0
         self.lap()
 
     def lap(self) -> float:
         """Seconds since the last call, or since creation."""
-        if self._on_gpu:
-            torch.cuda.synchronize()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         last, self._last = self._last, time.perf_counter()
         return self._last - last
 
@@ -204,7 +204,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--optimizer", choices=LEARNING_RATES, default="AdamW", help="with its default options")
-    add("--steps", type=whole_number(WARM_UP + LAST), default=350, help="of each of the two runs")
+    add("--steps", type=whole_number(EARLY), default=350, help="of each of the two runs")
     add(
         "--backend",
         choices=("auto", *fastopt.dispatch.BACKENDS),
@@ -226,7 +226,7 @@ def whole_number(least: int) -> Callable[[str], int]:
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if not least <= number < 2**63:
-            raise argparse.ArgumentTypeError(f"{number} is not at least {least} and below 2**63")
+            raise argparse.ArgumentTypeError(f"{number} is not in {least} … 2**63 - 1")
         return number
 
     return convert
@@ -260,7 +260,7 @@ def folder(text: str) -> Path:
 def report(theirs: Run, ours: Run) -> None:
     """Print the times and how far the losses agree."""
     compiling = ours.times[0].loss + ours.times[0].optimizer
-    print(f"compile: {compiling:.1f} s (fastopt's first step, or loading what it compiled before)")
+    print(f"compile: {compiling:.1f} s (first loss and optimizer step, short if compiled before)")
 
     print(f"\n{'median of':12}{'torch ms':>12}{'fastopt ms':>12}{'ratio':>8}")
     mine = ours.medians()
@@ -315,7 +315,7 @@ def draw_losses(axes: Axes, theirs: Run, ours: Run) -> None:
     """Both loss curves, one visible underneath the other."""
     axes.plot(theirs.losses, color="#56B4E9", alpha=0.6, linewidth=6, label=theirs.name)
     axes.plot(ours.losses, color="#000000", linewidth=1, label=ours.name)
-    axes.set(title="Same loss", xlabel="step", ylabel="cross-entropy (nats per token)")
+    axes.set(title="Loss", xlabel="step", ylabel="cross-entropy (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
 
@@ -324,25 +324,18 @@ def draw_times(axes: Axes, theirs: Run, ours: Run) -> None:
     """A stacked bar for each library."""
     names = [theirs.name, ours.name]
     medians = [theirs.medians(), ours.medians()]
-    wholes = [m["whole step"] for m in medians]
     bottoms = [0.0, 0.0]
     for part, color in zip(StepTime._fields, ("#999999", "#0072B2", "#E69F00"), strict=True):
         heights = [m[part] for m in medians]
-        bars = axes.bar(names, heights, 0.6, bottoms, color=color, label=part)
-        # A number needs a bar about as high as itself.
-        labels = [f"{h:.1f}" if h > 0.04 * max(wholes) else "" for h in heights]
-        axes.bar_label(bars, labels, label_type="center", color="white", fontweight="bold")
+        label = f"{part}: {heights[0]:.1f} → {heights[1]:.1f} ms"
+        bars = axes.bar(names, heights, 0.6, bottoms, color=color, label=label)
         bottoms = [b + h for b, h in zip(bottoms, heights, strict=True)]
-    axes.annotate(
-        f"{speed_up(theirs, ours):.2f} times as fast",
-        (1, bottoms[1]),
-        (0, 8),
-        textcoords="offset points",
-        ha="center",
-        fontweight="bold",
-    )
-    axes.set(title="Less time", ylabel="median time of a step (ms)")
-    axes.legend(frameon=False, loc="upper right", reverse=True)
+    totals = [f"{m['whole step']:.0f} ms" for m in medians]
+    totals[1] += f"\n{speed_up(theirs, ours):.2f} times as fast"
+    axes.bar_label(bars, totals, padding=4, fontweight="bold")
+    axes.margins(x=0.2, y=0.15)
+    axes.set(title="Time", ylabel="median time of a step (ms)")
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), reverse=True)
 
 
 if __name__ == "__main__":

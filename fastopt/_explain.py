@@ -21,13 +21,13 @@ class Explanation(tuple[Decision, ...]):
         return "\n".join(map(str, self)) or "no parameters to update"
 
 
-def explain(target: Any, *args: Any, **kwargs: Any) -> Explanation:
+def explain(subject: Any, /, *args: Any, **kwargs: Any) -> Explanation:
     """Say which backend runs a call and, for every other one, each reason why it doesn't.
 
     Nothing is computed or changed.
 
     Args:
-        target: a fastopt loss module or function, followed by the arguments of its call; or
+        subject: a fastopt loss module or function, followed by the arguments of its call; or
             a fastopt optimizer. Parameters that have no gradient yet count as if they had
             one of their own dtype and layout.
 
@@ -35,21 +35,21 @@ def explain(target: Any, *args: Any, **kwargs: Any) -> Explanation:
         A tuple of :class:`fastopt.dispatch.Decision` that prints as the explanation.
 
     Raises:
-        TypeError: target is none of these.
+        TypeError: subject is none of these.
         BackendUnavailable: inside ``use_backend``, that backend can't serve the call.
 
     Example:
         >>> print(fastopt.explain(fastopt.nn.MSELoss(), x, y))
         >>> print(fastopt.explain(optimizer))
     """
-    if isinstance(target, PlannedStep):
-        return Explanation(target._decisions())
-    if isinstance(target, torch.nn.Module) and hasattr(target, "_function"):
-        function, options = getattr(target, "_function"), getattr(target, "_options")  # noqa: B009
+    if isinstance(subject, PlannedStep):
+        return Explanation(subject._decisions())
+    if isinstance(subject, torch.nn.Module) and hasattr(subject, "_function"):
+        function, options = getattr(subject, "_function"), getattr(subject, "_options")  # noqa: B009
         return Explanation((function.decide(*args, **options(), **kwargs),))
-    if hasattr(target, "decide"):
-        return Explanation((target.decide(*args, **kwargs),))
+    if hasattr(subject, "decide"):
+        return Explanation((subject.decide(*args, **kwargs),))
     raise TypeError(
-        f"cannot explain a {type(target).__module__}.{type(target).__name__} (supported: the "
+        f"cannot explain a {type(subject).__module__}.{type(subject).__name__} (supported: the "
         "classes of fastopt.nn and fastopt.optim and the functions of fastopt.nn.functional)"
     )

@@ -30,3 +30,6 @@ class BackendUnavailable(RuntimeError):
             f"backend {decision.insisted!r} was asked for but cannot serve this call: {reasons}\n"
             f"{decision}"
         )
+
+    def __reduce__(self) -> tuple[type[BackendUnavailable], tuple[Decision]]:
+        return type(self), (self.decision,)  # pickling would pass the message

@@ -43,10 +43,9 @@ def run_code(code: str, package: Path | None = None, **env: str | None) -> str:
         path.insert(0, str(package))
         check = f"import fastopt; assert fastopt.__file__.startswith({str(package)!r})\n"
     # Without .pyc files, so that only numba's cache can be stale.
-    merged = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": os.pathsep.join(path)}
-    merged |= {name: value for name, value in env.items() if value is not None}
-    for name in [name for name, value in env.items() if value is None]:
-        merged.pop(name, None)
+    usual = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_")}
+    usual |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": os.pathsep.join(path)}
+    merged = {k: v for k, v in {**usual, **env}.items() if v is not None}
     child = subprocess.run(
         [sys.executable, "-X", "faulthandler", "-c", check + code],
         env=merged,

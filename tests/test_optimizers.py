@@ -235,6 +235,17 @@ class TestWhatChangesBetweenSteps:
                 optimizer.param_groups[1]["lr"] = lr
             pair.step()
 
+    def test_lists_changed_in_place(self, case: OptimizerCase) -> None:
+        if "betas" not in Pair(case).ours.defaults:
+            pytest.skip("this optimizer has no hyperparameter that may be a list")
+        pair = Pair(case)
+        for optimizer, _ in pair.both():
+            optimizer.param_groups[0]["betas"] = [0.9, 0.99]
+        pair.step(2)
+        for optimizer, _ in pair.both():
+            optimizer.param_groups[0]["betas"][0] = 0.1
+        pair.step(2)
+
     def test_options(self, case: OptimizerCase) -> None:
         pair = Pair(case)
         pair.step(2)

@@ -63,7 +63,7 @@ def in_fork(function: Callable[[], None]) -> None:
     if child == 0:
         status = 1
         try:
-            signal.alarm(HANG // 4)  # a child that hangs outlives its parent's end
+            signal.alarm(HANG // 2)  # a child that hangs outlives its parent's end
             function()
             status = 0
         except BaseException:

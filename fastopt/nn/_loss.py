@@ -18,6 +18,7 @@ from ..kernels import hyper, reference
 P = ParamSpec("P")
 Tensors = tuple[Tensor | None, ...]
 
+_AUTOCAST = ("cpu", "cuda", "xpu")
 _REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -55,7 +56,7 @@ def prepare(
         special.append(f"reduction={reduction!r}")
     device = input.device
     dtypes = tuple([t.dtype for t in given])
-    if torch.is_autocast_enabled(device.type):
+    if autocasts(device):
         # Losses are on autocast's float32 list. A kernel computes in float32 anyway and
         # writes each gradient in its tensor's own dtype, so no cast copies are needed.
         dtype = torch.float32
@@ -67,6 +68,11 @@ def prepare(
         dispatch.insisted(),
     )  # fmt: skip
     return Call(request, hyper.Loss(record, reduction, dtype), tensors)
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on; asking torch about other devices (meta) raises."""
+    return device.type in _AUTOCAST and torch.is_autocast_enabled(device.type)
 
 
 def _add_circumstances(tensors: list[Tensor], special: list[str]) -> None:
@@ -181,6 +187,7 @@ def loss_function(
     """
 
     def decorate(documented: Callable[P, None]) -> Callable[P, Tensor]:
+        analyse.__qualname__ = documented.__name__  # for Python's errors about arguments
         small = dispatch.CROSSOVER.get(documented.__name__, 0)
 
         @functools.wraps(documented)
@@ -203,7 +210,7 @@ def loss_function(
         def decide(*args: P.args, **kwargs: P.kwargs) -> Decision:
             call = analyse(*args, **kwargs)
             if call is None:
-                raise TypeError("input and target must be tensors")
+                raise TypeError("there is nothing to explain: arguments must be tensors")
             return dispatch.choose(call.request)
 
         function.decide = decide  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..kernels import hyper
 from ..kernels.layout import class_axis
 from ..kernels.reference import out_of_bounds
-from ._loss import Call, loss_function, prepare
+from ._loss import Call, autocasts, loss_function, prepare
 
 __all__ = ["CrossEntropyLoss", "cross_entropy"]
 
@@ -28,15 +28,15 @@ def _analyse(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Call | None:
-    if not isinstance(input, Tensor) or not isinstance(target, Tensor):
+    if not all(isinstance(t, Tensor) for t in (input, target) + (weight,) * (weight is not None)):
         return None
     special = []
     if size_average is not None or reduce is not None:
         special.append("the deprecated size_average or reduce")
-    if not (type(ignore_index) is int and type(label_smoothing) in (float, int)):
-        special.append(f"{ignore_index=} and {label_smoothing=} of unusual types")
-    elif not 0.0 <= label_smoothing <= 1.0:
+    if type(label_smoothing) not in (float, int) or not 0.0 <= label_smoothing <= 1.0:
         special.append(f"{label_smoothing=}")
+    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
+        special.append(f"{ignore_index=}")
     axis = class_axis(input) if input.dim() and input.layout is torch.strided else None
     if axis is None or axis.classes == 0:
         special.append(f"input of size {tuple(input.shape)} and strides {_strides(input)}")
@@ -49,7 +49,7 @@ def _analyse(
     if weight is not None:
         if axis is None or weight.shape != (axis.classes,):
             special.append(f"a weight of size {tuple(weight.shape)}")
-        elif weight.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        elif weight.dtype != input.dtype and not autocasts(input.device):
             special.append(f"a weight of dtype {weight.dtype} for an input of {input.dtype}")
         if weight.requires_grad:
             special.append("a gradient to the weight")

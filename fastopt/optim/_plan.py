@@ -33,6 +33,19 @@ def _same(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(map(is_, a, b))
 
 
+def _hypers(optimizer: PlannedStep) -> list[tuple[Any, ...]]:
+    """The groups' hyperparameters."""
+    names = tuple(optimizer.defaults)
+    return [tuple(map(group.get, names)) for group in optimizer.param_groups]
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether a value can't change in place; a tensor or a list stays equal to itself then."""
+    return value is None or isinstance(value, (int, float, str)) or (
+        isinstance(value, tuple) and all(map(_is_fixed, value))
+    )  # fmt: skip
+
+
 class StepPlan:
     """How to step an optimizer. Creates the states that its compiled updates need.
 
@@ -46,12 +59,17 @@ class StepPlan:
         self._params = list(chain.from_iterable(map(_params, optimizer.param_groups)))
         self._absent = [p for p in self._params if p.grad is None]
         self.reference: list[Tensor] = []
-        self._buckets: list[Bucket] = []
+        compiled: list[tuple[Share, Any]] = []
         for share in planned:
             if share.decision.backend == "reference":
                 self.reference += [m.param for m in share.members]
             else:
-                self._buckets.append(Bucket(optimizer, share))
+                kind, backend = share.kind, dispatch.load(share.decision.backend)
+                slots = (kind.param, *kind.slots)
+                launcher = backend.step_launcher(optimizer._record, slots, kind.grad, kind.step)
+                compiled.append((share, launcher))
+        # Only now, when nothing can fail any more, states begin.
+        self._buckets = [Bucket(optimizer, *share_and_launcher) for share_and_launcher in compiled]
         self._written = list(chain.from_iterable(bucket.written for bucket in self._buckets))
         self._spans = Spans(self._written)
         self._once = any(bucket.fresh for bucket in self._buckets)
@@ -76,7 +94,7 @@ class StepPlan:
             same_states = _same(optimizer.state.values(), self._states)
         if not same_states or not all(bucket.holds(self._spans) for bucket in self._buckets):
             return False
-        hypers = [tuple(group.values()) for group in optimizer.param_groups]
+        hypers = _hypers(optimizer)
         if self._fixed and hypers == self._hypers and grad_factor == self._grad_factor:
             return True
         if list(map(optimizer._flags, optimizer.param_groups)) != self._flags:
@@ -86,14 +104,8 @@ class StepPlan:
 
     def _set_hypers(self, optimizer: PlannedStep, grad_factor: float) -> None:
         self._grad_factor = grad_factor
-        self._hypers = [tuple(group.values()) for group in optimizer.param_groups]
-        # A tensor may change in place, and still be equal to itself.
-        values = chain.from_iterable(self._hypers)
-        self._fixed = not any(
-            isinstance(v, Tensor)
-            or (isinstance(v, tuple) and any(isinstance(x, Tensor) for x in v))
-            for v in values
-        )
+        self._hypers = _hypers(optimizer)
+        self._fixed = all(map(_is_fixed, chain.from_iterable(self._hypers)))
         for bucket in self._buckets:
             bucket.set_hypers(optimizer, grad_factor)
 
@@ -113,9 +125,8 @@ class Bucket:
         fresh: whether some states begin at this step, and with it a rule of their own.
     """
 
-    def __init__(self, optimizer: PlannedStep, share: Share) -> None:
-        kind, decision, members = share
-        backend = dispatch.load(decision.backend)
+    def __init__(self, optimizer: PlannedStep, share: Share, launcher: Any) -> None:
+        kind, _, members = share
         self._params = params = [m.param for m in members]
         names = [n for n, d in zip(optimizer._slots, kind.slots, strict=True) if d is not None]
         begins = [
@@ -152,12 +163,10 @@ class Bucket:
         self._row_of = np.array([self._rows.index(key) for key in keys], np.int64)
         self._offsets = np.zeros(len(params) + 1, np.int64)
         np.cumsum(self._sizes, out=self._offsets[1:])
-        self._parts, self._elements = backend.step_parts, int(self._offsets[-1])
-        self._launch, tag = backend.step_launcher(
-            optimizer._record, (kind.param, *kind.slots), kind.grad, kind.step
-        )
-        arrays = (self._hypers, self._row_of, self._offsets, self._table)
-        self._arguments = (*(a.ctypes.data for a in arrays), len(params), *tag)
+        self._launch = launcher
+        self._arrays = (self._hypers, self._row_of, self._offsets, self._table)
+        addresses = [array.ctypes.data for array in self._arrays]
+        self._arguments = (int(self._offsets[-1]), *addresses, len(params))
 
     def set_hypers(self, optimizer: PlannedStep, grad_factor: float) -> None:
         """Write the groups' hyperparameters into the launch's table."""
@@ -207,4 +216,4 @@ class Bucket:
 
     def run(self) -> None:
         """Launch."""
-        self._launch(self._parts(self._elements), *self._arguments)
+        self._launch(*self._arguments)

@@ -14,9 +14,8 @@ from .. import hyper
 from . import cross_entropy, pointwise
 from .memory import empty_cache
 from .multi_tensor import launcher as step_launcher
-from .multi_tensor import parts as step_parts
 
-__all__ = ["backward", "empty_cache", "forward", "step_launcher", "step_parts"]
+__all__ = ["backward", "empty_cache", "forward", "step_launcher"]
 
 
 def _loop(options: hyper.Loss) -> ModuleType:

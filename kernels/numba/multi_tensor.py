@@ -8,6 +8,7 @@ one huge one are the same case and need no table of chunks.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -98,8 +99,8 @@ def launcher(
     slots: tuple[torch.dtype | None, ...],
     grad: torch.dtype,
     step: torch.dtype | None,
-) -> tuple[Launcher, tuple[object, ...]]:
-    """The compiled update for one kind of bucket, and the tag to call it with.
+) -> Callable[..., None]:
+    """The compiled update for one kind of bucket.
 
     Args:
         record: type of the hyperparameter record.
@@ -107,11 +108,11 @@ def launcher(
         grad: dtype of the gradients.
         step: dtype of the step counters, or None.
 
-    Call it as ``launcher(parts, rows, row_of, offsets, table, tensors, *tag)`` where
-    rows is the address of the float64 record table, row_of that of each tensor's row,
-    offsets that of the running count of elements (tensors + 1 entries), and table that
-    of the int64 addresses, one line of `tensors` entries for each slot (also unused
-    ones), then one for the gradients, then one for the step counters.
+    Call it as ``update(elements, rows, row_of, offsets, table, tensors)``, where elements is
+    the number of all elements, rows the address of the float64 record table, row_of that of
+    each tensor's row, offsets that of the running count of elements (tensors + 1 entries),
+    and table that of the int64 addresses, one line of `tensors` entries for each slot (also
+    unused ones), then one for the gradients, then one for the step counters.
     """
     compute = "float64" if slots[0] == torch.float64 else "float32"
     slot_types = [
@@ -130,9 +131,8 @@ def launcher(
         types.none if step is None else pointer(dtype_name(step), 7, dtype_name(step)),
     )
     tag = (tuple(None if d is None else 0 for d in slots), 0, None if step is None else 0)
-    return compiled, tag
 
+    def update(elements: int, *arguments: int) -> None:
+        compiled(parts_for(elements, GRAIN), *arguments, *tag)
 
-def parts(elements: int) -> int:
-    """Into how many threads' parts to split so many elements."""
-    return parts_for(elements, GRAIN)
+    return update

@@ -1,0 +1,227 @@
+"""Which backend runs a call: the decisions as data, without any GPU."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+import fastopt
+import fastopt.nn.functional as ours
+from fastopt import BackendUnavailable, dispatch
+from fastopt.dispatch import BACKENDS, CROSSOVER, Decision, Request
+
+SINGLE = (torch.float32, torch.float32)
+LARGE = 1 << 20
+
+
+def request(operation: str = "mse_loss", **changes: Any) -> Request:
+    usual = Request(operation, device="cpu", dtypes=SINGLE, numel=LARGE)
+    return usual._replace(**changes)
+
+
+def choose(**changes: Any) -> Decision:
+    return dispatch.choose.__wrapped__(request(**changes))  # past the memory of earlier decisions
+
+
+# -- decisions --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The triton backend as if it were installed and had every kernel."""
+    backend = BACKENDS["triton"]
+    modern = request(device="cuda", capability=(9, 0))
+    rules = tuple(rule for rule in backend.rules if rule.holds(modern))
+    monkeypatch.setitem(BACKENDS, "triton", backend._replace(rules=rules))
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("operation", ["mse_loss", "cross_entropy", "SGD", "AdamW"])
+@pytest.mark.parametrize(
+    ("changes", "backend", "reasons"),
+    [
+        ({}, "numba", {"triton": "device=cpu (supported: cuda, xpu)"}),
+        (
+            {"device": "cuda", "capability": (9, 0)},
+            "triton",
+            {"numba": "device=cuda (supported: cpu)"},
+        ),
+        ({"device": "cuda", "capability": (8, 0)}, "triton", {}),
+        (
+            {"device": "cuda", "capability": (7, 0)},
+            "reference",
+            {"triton": "compute capability (7, 0) (supported: (8, 0) and newer)"},
+        ),
+        ({"device": "xpu"}, "triton", {"numba": "device=xpu (supported: cpu)"}),
+        (
+            {"device": "mps"},
+            "reference",
+            {
+                "triton": "device=mps (supported: cuda, xpu)",
+                "numba": "device=mps (supported: cpu)",
+            },
+        ),
+        (
+            {"dtypes": (torch.complex64, torch.complex64)},
+            "reference",
+            {
+                "numba": "dtypes=complex64, complex64 "
+                "(supported: bfloat16, float16, float32, float64)"
+            },
+        ),
+        (
+            {"dtypes": (torch.int64, torch.float32)},
+            "reference",
+            {"numba": "dtypes=float32, int64 (supported: bfloat16, float16, float32, float64)"},
+        ),
+        (
+            {"dtypes": (torch.float64, torch.bfloat16)},
+            "reference",
+            {"numba": "dtypes=bfloat16, float64 (supported: float64 with float64 and float32 only"},
+        ),
+        (
+            {"special": ("a torch.func transform", "layout=torch.sparse_coo")},
+            "reference",
+            {"numba": "a torch.func transform; layout=torch.sparse_coo (supported: none of these)"},
+        ),
+    ],
+)
+def test_choice(
+    operation: str, changes: dict[str, Any], backend: str, reasons: dict[str, str]
+) -> None:
+    decision = choose(operation=operation, **changes)
+    assert decision.backend == backend
+    assert decision.request == request(operation, **changes)
+    assert backend not in decision.refusals
+    assert decision.refusals.keys() == BACKENDS.keys() - {backend, "reference"}
+    for name, reason in reasons.items():
+        assert any(reason in found for found in decision.refusals[name]), decision
+    for name, found in decision.refusals.items():
+        for reason in found:
+            assert f"not {name}: {reason}" in str(decision)
+    assert str(decision).startswith(f"{operation} on {decision.request.device}, ")
+
+
+def test_old_gpu_without_triton() -> None:
+    """The real rules, whatever is installed here: every reason at once, not the first one."""
+    reasons = choose(device="cuda", capability=(7, 0), special=("tracing",)).refusals["triton"]
+    assert "compute capability (7, 0) (supported: (8, 0) and newer)" in reasons
+    assert "tracing (supported: none of these)" in reasons
+
+
+@pytest.mark.parametrize("operation", CROSSOVER)
+def test_crossover(operation: str) -> None:
+    limit = CROSSOVER[operation]
+    assert choose(operation=operation, numel=limit).backend == "numba"
+    below = choose(operation=operation, numel=limit - 1)
+    assert below.backend == "reference"
+    (reason,) = below.refusals["numba"]
+    assert str(limit) in reason
+    assert str(limit - 1) in reason
+    assert choose(operation=operation, numel=1, insisted="numba").backend == "numba"
+
+
+def test_missing_packages_and_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value, changes, reason in (
+        ("_found", False, {}, "the package numba is not installed (pip install numba)"),
+        ("_jit_enabled", False, {}, "NUMBA_DISABLE_JIT is set (supported: unset)"),
+        ("_converts_float16", False, {"dtypes": (torch.float16,) * 2}, "float16 on a CPU without"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(dispatch, name, lambda *args, value=value: value)
+            decision = choose(**changes)
+            assert decision.backend == "reference"
+            assert any(reason in found for found in decision.refusals["numba"])
+        assert choose(**changes).backend == "numba"
+
+
+def test_all_reasons_are_in_the_error() -> None:
+    with pytest.raises(BackendUnavailable) as caught:
+        choose(device="mps", dtypes=(torch.complex64,) * 2, special=("tracing",), insisted="numba")
+    decision = caught.value.decision
+    assert decision.backend == "none"
+    assert len(decision.refusals["numba"]) == 3
+    for backend, reasons in decision.refusals.items():
+        for reason in reasons:
+            assert f"not {backend}: {reason}" in str(caught.value)
+    assert "use_backend('numba') insists on another" in decision.refusals["reference"]
+
+
+def test_error_survives_pickling() -> None:
+    """Or a worker process that raises it takes the whole multiprocessing pool down."""
+    with pytest.raises(BackendUnavailable) as caught:
+        choose(device="mps", insisted="numba")
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert str(again) == str(caught.value)
+    assert again.decision == caught.value.decision
+
+
+# -- use_backend ------------------------------------------------------------------------
+
+
+def test_unknown_backend() -> None:
+    with (
+        pytest.raises(ValueError, match=r"'nonsense' \(available: triton, numba, reference\)"),
+        fastopt.use_backend("nonsense"),
+    ):
+        pass
+    assert dispatch.insisted() is None
+
+
+def test_triton_on_the_cpu() -> None:
+    x = torch.zeros(3)
+    param = torch.zeros(3, requires_grad=True)
+    param.grad = torch.ones(3)
+    optimizer = fastopt.optim.SGD([param])
+    with fastopt.use_backend("triton"):
+        for call in (lambda: ours.mse_loss(x, x), optimizer.step):
+            with pytest.raises(BackendUnavailable, match=r"device=cpu \(supported: cuda, xpu\)"):
+                call()
+
+
+def test_nesting_and_exceptions_restore() -> None:
+    with fastopt.use_backend("numba"):
+        with fastopt.use_backend("reference"):
+            assert dispatch.insisted() == "reference"
+        assert dispatch.insisted() == "numba"
+        with pytest.raises(KeyError), fastopt.use_backend("reference"):
+            {}["nothing"]
+        assert dispatch.insisted() == "numba"
+        with pytest.raises(ValueError, match="nonsense"), fastopt.use_backend("nonsense"):
+            pass
+        assert dispatch.insisted() == "numba"
+    assert dispatch.insisted() is None
+
+
+def test_threads_and_tasks() -> None:
+    """Another thread chooses for itself, a task that was started inside inherits."""
+
+    async def task() -> str | None:
+        await asyncio.sleep(0)
+        return dispatch.insisted()
+
+    async def start() -> str | None:
+        with fastopt.use_backend("reference"):
+            inside = asyncio.create_task(task())
+        assert dispatch.insisted() is None
+        return await inside
+
+    with ThreadPoolExecutor(1) as pool, fastopt.use_backend("numba"):
+        assert pool.submit(dispatch.insisted).result() is None
+    assert asyncio.run(start()) == "reference"
+
+
+def test_backward_keeps_the_backend_of_forward() -> None:
+    x = torch.randn(5, requires_grad=True)
+    with fastopt.use_backend("numba"):
+        compiled = ours.mse_loss(x, torch.zeros(5))
+    reference = ours.mse_loss(x, torch.zeros(5))
+    with fastopt.use_backend("triton"):
+        (a,) = torch.autograd.grad(compiled, x)
+        (b,) = torch.autograd.grad(reference, x)
+    torch.testing.assert_close(a, b)
