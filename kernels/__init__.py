@@ -11,3 +11,5 @@ if __name__ != "fastopt.kernels":
         f"this package is fastopt.kernels, not {__name__!r}: install the project "
         "(pip install -e .) and import fastopt"
     )
+
+from . import process  # noqa: F401  (has to see every fork from now on)

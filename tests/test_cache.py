@@ -108,13 +108,16 @@ def test_two_copies_do_not_share_a_cache(tmp_path: Path) -> None:
         copy_package(tmp_path / name)
     source = formulas(tmp_path / "doubled")
     source.write_text(source.read_text().replace(*EDIT))
+    found = []
     for _ in range(2):
         for name, expected in (("squared", 9.0), ("doubled", 6.0)):
             folder = tmp_path / name
             printed = run(mean_squared_error, package=folder, NUMBA_CACHE_DIR=str(shared))
             assert float(printed) == expected
             assert not cached(folder)
-    assert cached(shared)
+        found.append(cached(shared))
+    assert found[0]
+    assert found[0] == found[1], "neither overwrites the other's"
 
 
 # -- installs that can't be written to --------------------------------------------------

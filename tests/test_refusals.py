@@ -221,13 +221,12 @@ def test_exception_in_a_loss_kernel_is_not_swallowed(
 
 
 @BACKENDS
+@pytest.mark.parametrize("where", ["step_launcher", "threads.Launcher.__call__"])
 @pytest.mark.parametrize("operation", OPTIMIZERS)
 def test_exception_in_an_optimizer_kernel_is_not_swallowed(
-    operation: str, backend: str | None, monkeypatch: pytest.MonkeyPatch
+    operation: str, where: str, backend: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the step can be repeated once the cause is gone."""
-    from fastopt.kernels import numba
-
+    """And the step can be repeated once the cause is gone (Ctrl-C while it compiles)."""
     start = torch.randn(5)
     params = [start.clone().requires_grad_() for _ in range(2)]
     options = {"momentum": 0.9, "dampening": 0.5} if operation == "SGD" else {}
@@ -238,7 +237,7 @@ def test_exception_in_an_optimizer_kernel_is_not_swallowed(
     for param in params:
         param.grad = torch.ones(5)
     with insisting(backend), monkeypatch.context() as patch:
-        patch.setattr(numba, "step_launcher", boom)
+        patch.setattr(f"fastopt.kernels.numba.{where}", boom)
         for _ in range(2):
             with pytest.raises(RuntimeError, match=r"^boom$"):
                 mine.step()

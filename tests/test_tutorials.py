@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
@@ -217,6 +217,16 @@ LOOPS: dict[str, Loop] = {
 }
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Beside other processes, threads wait for each other longer than these sizes take."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("backend", [None, "numba"])
 @pytest.mark.parametrize("name", LOOPS)
 def test_loss_curve(name: str, backend: str | None) -> None:

@@ -9,7 +9,6 @@ child, a lock where the layer needs one, and torch's setting put back after a st
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -18,25 +17,16 @@ import numba
 import torch
 from numba.core import types
 
+from ..process import is_forked
 from .compiler import Region, specialise
 
-_forked = False
 _lock = threading.Lock()
 _reentrant = False  # may several Python threads launch at once? known after the first launch
 
 
-def _mark_forked() -> None:
-    global _forked
-    _forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_mark_forked)
-
-
 def parts_for(work: int, grain: int) -> int:
     """Into how many parts to split `work` units so that none is smaller than `grain`."""
-    if work < 2 * grain or _forked:
+    if work < 2 * grain or is_forked():
         return 1
     return min(torch.get_num_threads(), work // grain)
 
