@@ -17,6 +17,7 @@ from fastopt.dispatch import BACKENDS, CROSSOVER, Decision, Request
 
 SINGLE = (torch.float32, torch.float32)
 LARGE = 1 << 20
+OPERATIONS = (*ours.__all__, *fastopt.optim.__all__)
 
 
 def request(operation: str = "mse_loss", **changes: Any) -> Request:
@@ -35,13 +36,13 @@ def choose(**changes: Any) -> Decision:
 def triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """The triton backend as if it were installed and had every kernel."""
     backend = BACKENDS["triton"]
-    modern = request(device="cuda", capability=(9, 0))
-    rules = tuple(rule for rule in backend.rules if rule.holds(modern))
+    modern = [request(name, device="cuda", capability=(9, 0)) for name in OPERATIONS]
+    rules = tuple(rule for rule in backend.rules if all(map(rule.holds, modern)))
     monkeypatch.setitem(BACKENDS, "triton", backend._replace(rules=rules))
 
 
 @pytest.mark.usefixtures("triton")
-@pytest.mark.parametrize("operation", ["mse_loss", "cross_entropy", "SGD", "AdamW"])
+@pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize(
     ("changes", "backend", "reasons"),
     [

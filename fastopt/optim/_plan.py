@@ -23,7 +23,7 @@ from ._kinds import Share, Spans, shares
 if TYPE_CHECKING:
     from ._planned import PlannedStep
 
-_data_ptr, _stride, _numel = Tensor.data_ptr, Tensor.stride, Tensor.numel
+_data_ptr, _numel = Tensor.data_ptr, Tensor.numel
 _grad, _dtype, _params = attrgetter("grad"), attrgetter("dtype"), itemgetter("params")
 _PLAIN = {Tensor, torch.nn.Parameter}
 
@@ -70,8 +70,9 @@ class StepPlan:
                 compiled.append((share, launcher))
         # Only now, when nothing can fail any more, states begin.
         self._buckets = [Bucket(optimizer, *share_and_launcher) for share_and_launcher in compiled]
-        self._written = list(chain.from_iterable(bucket.written for bucket in self._buckets))
-        self._spans = Spans(self._written)
+        self._spans = Spans(list(chain.from_iterable(b.written for b in self._buckets)))
+        # All but the step counters, which no graph can have saved.
+        self._updated = list(chain.from_iterable(b.updated for b in self._buckets))
         self._once = any(bucket.fresh for bucket in self._buckets)
         self._states = list(optimizer.state.values())
         self._flags = list(map(optimizer._flags, optimizer.param_groups))
@@ -111,17 +112,23 @@ class StepPlan:
 
     def run(self) -> None:
         """Do the compiled part of the step."""
-        for bucket in self._buckets:
-            bucket.run()
-        if self._written:
-            torch.autograd.graph.increment_version(self._written)
+        for done, bucket in enumerate(self._buckets):
+            try:
+                bucket.run()
+            except BaseException:  # interrupted while it compiles, say
+                for idle in self._buckets[done:]:
+                    idle.forget_states()
+                raise
+        if self._updated:
+            torch.autograd.graph.increment_version(self._updated)
 
 
 class Bucket:
     """The parameters of one kind, updated by one launch.
 
     Attributes:
-        written: every tensor that the launch writes to.
+        updated: the parameters and the states made of elements.
+        written: every tensor that the launch writes to, step counters included.
         fresh: whether some states begin at this step, and with it a rule of their own.
     """
 
@@ -134,6 +141,8 @@ class Bucket:
             for m in members
         ]
         self.fresh = any(begins)
+        self._begun = [m.param for m, begin in zip(members, begins, strict=True) if begin]
+        self._optimizer_state = optimizer.state
         keys = [(m.group, begin) for m, begin in zip(members, begins, strict=True)]
         self._rows = sorted(set(keys))
 
@@ -152,8 +161,13 @@ class Bucket:
             self._table[line] = pointers
             self._lines.append((itemgetter(name), tensors, pointers))
         self.written = params + list(chain.from_iterable(line[1] for line in self._lines))
+        counters = len(params) if kind.step is not None else 0
+        self.updated = self.written[: len(self.written) - counters]
 
-        self._strides = list(map(_stride, params))
+        # Whether all are contiguous is cheaper to ask than their strides, and says as much.
+        contiguous = all(map(Tensor.is_contiguous, params))
+        self._layout_of = Tensor.is_contiguous if contiguous else Tensor.stride
+        self._layouts = list(map(self._layout_of, params))
         self._sizes = list(map(_numel, params))
         self._grad_dtypes = [kind.grad] * len(params)
         self._grad_bytes = np.array(self._sizes, np.int64) * kind.grad.itemsize
@@ -174,6 +188,11 @@ class Bucket:
             line[:] = optimizer._hyper(optimizer.param_groups[group], begins)
             line[0] *= grad_factor
 
+    def forget_states(self) -> None:
+        """Undo the beginning of states whose first step, with its own rule, didn't happen."""
+        for param in self._begun:
+            self._optimizer_state.pop(param, None)
+
     def has_states_of(self, optimizer: PlannedStep) -> bool:
         """Whether the optimizer still has the same dicts of states for these parameters."""
         states = optimizer.state
@@ -184,7 +203,7 @@ class Bucket:
         params = self._params
         if (
             list(map(_data_ptr, params)) != self._pointers
-            or list(map(_stride, params)) != self._strides
+            or list(map(self._layout_of, params)) != self._layouts
             or list(map(_numel, params)) != self._sizes
         ):
             return False
@@ -196,7 +215,7 @@ class Bucket:
             grads = list(map(_grad, params))
             if (
                 not _PLAIN.issuperset(map(type, grads))
-                or list(map(_stride, grads)) != self._strides
+                or list(map(self._layout_of, grads)) != self._layouts
                 or list(map(_numel, grads)) != self._sizes
                 or list(map(_dtype, grads)) != self._grad_dtypes
             ):
