@@ -11,8 +11,10 @@ fused implementations.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import platform
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +99,15 @@ def measure(row: LossRow | OptimizerRow, seconds: float) -> dict[str, Any]:
     }
 
 
+def commit() -> str:
+    """The commit measured, marked if files have been changed since."""
+    run = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+    try:
+        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def main() -> int:
     """Run, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -122,6 +133,8 @@ def main() -> int:
             "threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(),
             "processor": platform.machine(),
+            "numba": importlib.metadata.version("numba"),
+            "commit": commit(),
         }
         arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
     return 0
