@@ -176,7 +176,7 @@ def _torch_grads(
 
 
 def loss_function(
-    analyse: Callable[P, Call | None], fallback: Callable[..., Tensor]
+    analyse: Callable[..., Call | None], fallback: Callable[..., Tensor]
 ) -> Callable[[Callable[P, None]], Callable[P, Tensor]]:
     """Decorator: a public function (its body is only its docstring) from its analysis.
 

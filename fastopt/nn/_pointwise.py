@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,21 +13,39 @@ from ..kernels.layout import same_layout
 from ._loss import Call, prepare
 
 
-def analyse(
+def analyser(
+    operation: str, record: hyper.MSE | hyper.L1
+) -> Callable[[Tensor, Tensor, bool | None, bool | None, str, Tensor | None], Call | None]:
+    """The analysis of a loss without options of its own, in torch's order of arguments."""
+
+    def analyse(
+        input: Tensor,
+        target: Tensor,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+    ) -> Call | None:
+        deprecated = size_average is not None or reduce is not None
+        return summarise(operation, record, input, target, reduction, weight, deprecated)
+
+    return analyse
+
+
+def summarise(
     operation: str,
     record: hyper.MSE | hyper.L1,
     input: Any,
     target: Any,
-    size_average: bool | None,
-    reduce: bool | None,
     reduction: str,
-    weight: Any,
+    weight: Any = None,
+    deprecated: bool = False,
 ) -> Call | None:
     """Summarise a call of (input, target); None for arguments that are no tensors."""
     if not isinstance(input, Tensor) or not isinstance(target, Tensor):
         return None
     special = []
-    if size_average is not None or reduce is not None:
+    if deprecated:
         special.append("the deprecated size_average or reduce")
     if weight is not None:
         special.append("an elementwise weight")
@@ -34,7 +53,7 @@ def analyse(
         special.append(f"a target of dtype {target.dtype}")
     if input.shape != target.shape:
         special.append(f"sizes {tuple(input.shape)} and {tuple(target.shape)} to broadcast")
-    elif not same_layout(input, target):
+    elif input.layout is target.layout is torch.strided and not same_layout(input, target):
         special.append(f"strides {input.stride()} and {target.stride()}")
     dtype = input.dtype
     if target.dtype != dtype:

@@ -37,9 +37,11 @@ def _analyse(
         special.append(f"{label_smoothing=}")
     if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
         special.append(f"{ignore_index=}")
-    axis = class_axis(input) if input.dim() and input.layout is torch.strided else None
+    strided = input.layout is target.layout is torch.strided
+    axis = class_axis(input) if input.dim() and strided else None
     if axis is None or axis.classes == 0:
-        special.append(f"input of size {tuple(input.shape)} and strides {_strides(input)}")
+        where = f"strides {input.stride()}" if strided else f"layout {input.layout}"
+        special.append(f"input of size {tuple(input.shape)} and {where}")
     elif target.is_floating_point():
         special += _probability_specials(input, target, ignore_index)
     elif target.shape != input.shape[:1] * (input.dim() > 1) + input.shape[2:]:
@@ -57,10 +59,6 @@ def _analyse(
     return prepare(
         "cross_entropy", record, reduction, input.dtype, (input, target, weight), special
     )
-
-
-def _strides(tensor: Tensor) -> Any:
-    return tensor.stride() if tensor.layout is torch.strided else tensor.layout
 
 
 def _probability_specials(input: Tensor, target: Tensor, ignore_index: int) -> list[str]:

@@ -10,25 +10,12 @@ from torch.nn import functional as F
 
 from ..kernels import hyper
 from . import _pointwise
-from ._loss import Call, loss_function
+from ._loss import loss_function
 
 __all__ = ["L1Loss", "l1_loss"]
 
 
-def _analyse(
-    input: Tensor,
-    target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    weight: Tensor | None = None,
-) -> Call | None:
-    return _pointwise.analyse(
-        "l1_loss", hyper.L1(), input, target, size_average, reduce, reduction, weight
-    )
-
-
-@loss_function(_analyse, F.l1_loss)
+@loss_function(_pointwise.analyser("l1_loss", hyper.L1()), F.l1_loss)
 def l1_loss(
     input: Tensor,
     target: Tensor,

@@ -10,25 +10,12 @@ from torch.nn import functional as F
 
 from ..kernels import hyper
 from . import _pointwise
-from ._loss import Call, loss_function
+from ._loss import loss_function
 
 __all__ = ["MSELoss", "mse_loss"]
 
 
-def _analyse(
-    input: Tensor,
-    target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    weight: Tensor | None = None,
-) -> Call | None:
-    return _pointwise.analyse(
-        "mse_loss", hyper.MSE(), input, target, size_average, reduce, reduction, weight
-    )
-
-
-@loss_function(_analyse, F.mse_loss)
+@loss_function(_pointwise.analyser("mse_loss", hyper.MSE()), F.mse_loss)
 def mse_loss(
     input: Tensor,
     target: Tensor,

@@ -136,10 +136,7 @@ class Bucket:
         kind, _, members = share
         self._params = params = [m.param for m in members]
         names = [n for n, d in zip(optimizer._slots, kind.slots, strict=True) if d is not None]
-        begins = [
-            optimizer._create_state(m.param, names, optimizer.param_groups[m.group])
-            for m in members
-        ]
+        begins = [optimizer._create_state(p, names) for p in params]
         self.fresh = any(begins)
         self._begun = [m.param for m, begin in zip(members, begins, strict=True) if begin]
         self._optimizer_state = optimizer.state

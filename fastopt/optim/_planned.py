@@ -43,7 +43,7 @@ class PlannedStep(Optimizer):
         """What decides how a group's parameters are sorted into buckets."""
         return (*self._active(group), group.get("differentiable"), group.get("capturable"))
 
-    def _create_state(self, param: Tensor, names: Iterable[str], group: Group) -> bool:
+    def _create_state(self, param: Tensor, names: Iterable[str]) -> bool:
         """Add missing states to a parameter, as torch lays them out; whether any was missing."""
         if not names and not self._counts_steps:
             return False
