@@ -87,9 +87,11 @@ def test_updates(case: OptimizerCase, dtype: torch.dtype) -> None:
             optimizer.step()
         assert all(torch.equal(p.grad, g) for p, g in zip(mine, grads, strict=True))
         assert all(p._version > v for p, v in zip(mine, versions, strict=True))
-    # A digit a step may go astray where torch rounds nothing (its states are kept in float64).
-    for m, t, o in zip(mine, torchs, oracle, strict=True):
-        assert_as_accurate(m.detach(), t.detach(), o.detach(), slack=4.0)
+    # Over all elements: in a tensor of one, whose last digits fall better is a matter of luck.
+    everything = [
+        torch.cat([p.detach().flatten() for p in params]) for params in (mine, torchs, oracle)
+    ]
+    assert_as_accurate(*everything, slack=4.0)
     if dtype in (torch.float32, torch.float64):
         assert_same_state(optimizers[0], optimizers[1])
 
