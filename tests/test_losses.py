@@ -124,12 +124,16 @@ def test_confident_rows(dtype: torch.dtype) -> None:
                 loss = function(leaf, t, reduction="none")
             outcomes.append((loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]))
         for mine, torchs, oracle in zip(*outcomes, strict=True):
-            assert_as_accurate(mine, torchs, oracle)
+            if dtype == torch.float64:  # the oracle rounds as we do, at logits up to 40
+                torch.testing.assert_close(mine, oracle, rtol=0, atol=1e-13)
+            else:
+                assert_as_accurate(mine, torchs, oracle)
         picked = torch.arange(64), t
         mine, oracle = outcomes[0][1][picked].double(), outcomes[2][1][picked]
         limit = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 5e-3)
         seen = oracle.abs() > 1e-6  # below, float16 itself has no digits
-        torch.testing.assert_close(mine[seen], oracle[seen], rtol=limit, atol=5e-7)
+        # float32 sums of up to 3000 terms: some ulps of 1, against which 1 - p is compared
+        torch.testing.assert_close(mine[seen], oracle[seen], rtol=limit, atol=1e-6)
 
 
 INF, NAN = float("inf"), float("nan")

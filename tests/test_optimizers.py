@@ -91,7 +91,7 @@ def test_updates(case: OptimizerCase, dtype: torch.dtype) -> None:
     everything = [
         torch.cat([p.detach().flatten() for p in params]) for params in (mine, torchs, oracle)
     ]
-    assert_as_accurate(*everything, slack=4.0)
+    assert_as_accurate(*everything)
     if dtype in (torch.float32, torch.float64):
         assert_same_state(optimizers[0], optimizers[1])
 

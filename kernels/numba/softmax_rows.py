@@ -77,12 +77,12 @@ def block_coefficients(
 ) -> tuple[float, float]:  # fmt: skip
     """Sums of k_c and of k_c (x_c - max) over a block of classes."""
     zero = cast(0, top)
-    total, dot = zero, zero
+    total, dot = 0.0, 0.0  # in float64: the two nearly cancel where mass is large
     for c in range(begin, end):
         k = coefficient(probability, weight, smooth, base, c, zero)
-        total += k
-        dot += k * (load(x, row + c) - top)
-    return np.float64(total), np.float64(dot)
+        total += np.float64(k)
+        dot += np.float64(k) * np.float64(load(x, row + c) - top)
+    return total, dot
 
 
 @kernel
