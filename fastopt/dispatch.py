@@ -161,7 +161,7 @@ _COMMON = (
 # -- the numba backend: CPU ----------------------------------------------------------
 
 # Elements from which the compiled path is at least as fast as torch's own (forward and
-# backward), measured with bench/run.py on 2 cores with AVX-512. Below, what a call costs
+# backward), measured over a grid of sizes on 2 cores with AVX-512. Below, what a call costs
 # before any kernel runs decides, and torch's C++ has less of that than Python.
 # Optimizers count tensors' fixed costs too, so theirs pays off from the first element.
 CROSSOVER = {"mse_loss": 131_072, "l1_loss": 65_536, "cross_entropy": 131_072}

@@ -109,7 +109,7 @@ def formula_of(
 def specialise(dispatcher: Any, *signature: types.Type) -> Callable[..., Any]:
     """The C entry point of `dispatcher` for these argument types, compiled on first use.
 
-    Calling it skips numba's type inspection of each argument (10 µs for a record).
+    Calling it skips numba's type inspection of each argument.
     """
     dispatcher.compile(signature)
     entry: Callable[..., Any] = dispatcher.get_overload(signature)

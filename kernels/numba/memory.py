@@ -1,10 +1,9 @@
 """Gradient buffers that keep their pages.
 
 A large tensor allocated afresh each step is mapped afresh each step, and touching its
-pages first costs more than computing what goes into them (65 MB: 12 ms of page faults
-for 3 ms of work). So large buffers come from here, and return when torch frees the
-tensor's storage: torch holds the NumPy array that owns the memory, and the array's end
-calls back. A tensor that the user keeps simply never returns.
+pages first costs more than computing what goes into them. So large buffers come from
+here, and return when torch frees the tensor's storage: torch holds the NumPy array that
+owns the memory, and the array's end calls back. A tensor that the user keeps simply never returns.
 """
 
 from __future__ import annotations
