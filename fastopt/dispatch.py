@@ -213,16 +213,34 @@ _NUMBA = Backend(
 
 # -- the triton backend: GPU ---------------------------------------------------------
 
-# Operations with a kernel in fastopt.kernels.triton.
-TRITON_OPERATIONS: frozenset[str] = frozenset()
 _MINIMUM_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def _interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors."""
+    if not _found("triton"):
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
 
 _TRITON = Backend(
     "triton",
     "fastopt.kernels.triton",
     (
-        _one_of(lambda r: r.device, frozenset({"cuda", "xpu"}), "device"),
-        _one_of(lambda r: r.operation, TRITON_OPERATIONS, "operation"),
+        Rule(
+            # The interpreter is for tests: only who insists on it gets it.
+            lambda r: (
+                r.device in ("cuda", "xpu")
+                or (r.device == "cpu" and r.insisted == "triton" and _interpreted())
+            ),
+            lambda r: (
+                f"device={r.device} (supported: cuda, xpu, and with TRITON_INTERPRET=1 cpu if "
+                "insisted on)"
+            ),
+        ),
         *_COMMON,
         _installed("triton"),
         Rule(

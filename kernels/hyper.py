@@ -65,7 +65,7 @@ class SGD(NamedTuple):
 class Adam(NamedTuple):
     """Attributes as in torch.optim.Adam; grad_scale as in SGD.
 
-    param_decay is the factor on the parameter of decoupled weight decay, 1 - lr * decay.
+    decoupled is 1 if the weight decay is, else 0.
     """
 
     grad_scale: float
@@ -74,14 +74,15 @@ class Adam(NamedTuple):
     beta2: float
     eps: float
     weight_decay: float
-    param_decay: float
+    decoupled: float
 
 
 class AdamStep(NamedTuple):
     """Adam's constants at one step t, derived from Adam in float64.
 
     step_size is lr / (1 - beta1**t), beta2_root is 1 / sqrt(1 - beta2**t), and the rests
-    are 1 - beta1 and 1 - beta2.
+    are 1 - beta1 and 1 - beta2. weight_decay is that of the coupled kind, param_decay the factor
+    on the parameter of the decoupled kind, 1 - lr * weight_decay.
     """
 
     grad_scale: float

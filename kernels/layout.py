@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["ClassAxis", "class_axis", "is_dense", "same_layout"]
+__all__ = ["ClassAxis", "class_axis", "dense_axis", "is_dense", "same_layout", "view_along"]
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -58,3 +58,24 @@ def class_axis(tensor: torch.Tensor) -> ClassAxis | None:
                 return None
         inner *= size
     return ClassAxis(shape[1], shape[0], inner, strides[0], inner_stride, strides[1])
+
+
+def dense_axis(x: ClassAxis) -> ClassAxis:
+    """The same sizes without gaps, with the classes last where x has them last."""
+    stride, classes, inner = x.inner * x.classes, x.classes, x.inner
+    if x.class_stride == 1:
+        return ClassAxis(classes, x.outer, inner, stride, classes, 1)
+    return ClassAxis(classes, x.outer, inner, stride, 1, inner)
+
+
+def view_along(flat: torch.Tensor, shape: torch.Size, x: ClassAxis) -> torch.Tensor:
+    """A flat tensor seen in `shape`, (C,), (N, C) or (N, C, d1, …), laid out as dense_axis(x)."""
+    g = dense_axis(x)
+    if len(shape) == 1:
+        return flat
+    if len(shape) == 2:
+        return flat.as_strided(shape, (g.inner_stride, g.class_stride))
+    middle = flat.as_strided(
+        (x.outer, x.classes, x.inner), (g.outer_stride, g.class_stride, g.inner_stride)
+    )
+    return middle.view(shape) if x.class_stride == 1 else middle.reshape(shape)

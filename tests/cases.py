@@ -7,12 +7,18 @@ float64; the yardstick is torch's own error in the tensors' dtype.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+#: The machine under test: where tensors are, and the compiled backend that serves them.
+DEVICE = os.environ.get("FASTOPT_TEST_DEVICE", "cpu")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKEND = "triton" if INTERPRETED or DEVICE != "cpu" else "numba"
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("mean", "sum", "none")

@@ -1,4 +1,8 @@
-"""Fresh random data in every run (the seed is printed with a failure), poisoned memory."""
+"""Fresh random data in every run (the seed is printed with a failure), poisoned memory.
+
+The same tests run three times: on the CPU as it is; with TRITON_INTERPRET=1 on Triton's
+interpreter, which then serves whatever it can; with FASTOPT_TEST_DEVICE=cuda on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,15 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
+from cases import DEVICE, INTERPRETED
+
+from fastopt import dispatch
+
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
+if INTERPRETED:  # not only for who insists on it
+    triton = dispatch.BACKENDS["triton"]
+    dispatch.BACKENDS["triton"] = triton._replace(rules=triton.rules[1:])
 
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("fuzz", deadline=None, print_blob=True, max_examples=5000)

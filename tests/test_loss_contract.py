@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as theirs
+from cases import BACKEND
 from hypothesis import given
 from torch import Tensor
 
@@ -29,7 +30,7 @@ def test_cross_entropy_derivatives(reduction: str, options: dict[str, float]) ->
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.rand(5, dtype=torch.float64)
     function = cross_entropy_of(ours, reduction=reduction, weight=weight, **options)
-    with fastopt.use_backend("numba"):
+    with fastopt.use_backend(BACKEND):
         assert torch.autograd.gradcheck(function, x, check_batched_grad=True)
         assert torch.autograd.gradgradcheck(function, x)
 
@@ -38,14 +39,14 @@ def test_cross_entropy_derivatives(reduction: str, options: dict[str, float]) ->
 @pytest.mark.parametrize("operation", ["mse_loss", "l1_loss"])
 def test_pointwise_derivatives(operation: str, reduction: str) -> None:
     x, y = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    with fastopt.use_backend("numba"):
+    with fastopt.use_backend(BACKEND):
         for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
             assert check(lambda *a: getattr(ours, operation)(*a, reduction=reduction), (x, y))
 
 
 def test_one_tensor_as_both_arguments() -> None:
     x = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    with fastopt.use_backend("numba"):
+    with fastopt.use_backend(BACKEND):
         loss = ours.mse_loss(x, x, reduction="sum")
         (grad,) = torch.autograd.grad(loss, x, create_graph=True)
         (second,) = torch.autograd.grad(grad.sum(), x, allow_unused=True)
@@ -55,7 +56,7 @@ def test_one_tensor_as_both_arguments() -> None:
 
 def test_gradient_to_one_argument_only() -> None:
     x, y = torch.randn(9, requires_grad=True), torch.randn(9, requires_grad=True)
-    with fastopt.use_backend("numba"):
+    with fastopt.use_backend(BACKEND):
         ours.mse_loss(x.detach(), y).backward()
         ours.l1_loss(x, y.detach()).backward()
     torch.testing.assert_close(y.grad, 2 * (y - x).detach() / 9)
@@ -113,7 +114,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     ):
         outcomes = []
         for module in (ours, theirs):
-            with torch.autocast("cpu", dtype=torch.bfloat16), fastopt.use_backend("numba"):
+            with torch.autocast("cpu", dtype=torch.bfloat16), fastopt.use_backend(BACKEND):
                 loss = getattr(module, name)(*arguments)
             outcomes.append((loss, *torch.autograd.grad(loss * 3, x)))
         (mine, grad), (torchs, torch_grad) = outcomes
@@ -126,7 +127,7 @@ def test_autocast(dtype: torch.dtype) -> None:
 def test_mixed_dtypes_promote() -> None:
     x = torch.randn(50).bfloat16().requires_grad_()
     y = torch.randn(50, requires_grad=True)
-    with fastopt.use_backend("numba"):
+    with fastopt.use_backend(BACKEND):
         loss = ours.mse_loss(x, y)
     loss.backward()
     assert loss.dtype == torch.float32
@@ -159,7 +160,7 @@ def test_deprecated_arguments() -> None:
 def test_inference_mode_and_no_grad() -> None:
     x, t = torch.randn(64, 100), torch.randint(0, 100, (64,))
     expected = theirs.cross_entropy(x, t)
-    with fastopt.use_backend("numba"):
+    with fastopt.use_backend(BACKEND):
         with torch.inference_mode():
             torch.testing.assert_close(ours.cross_entropy(x, t), expected)
         with torch.no_grad():
@@ -168,15 +169,18 @@ def test_inference_mode_and_no_grad() -> None:
 
 
 def test_logits_changed_after_a_plain_forward() -> None:
-    """The usual backward doesn't need the logits; a scaled one says that they changed."""
+    """The usual backward doesn't need the logits; a scaled one says that they changed.
+
+    A GPU can't be asked which of them it is without waiting, so there both say it.
+    """
     x, t = torch.randn(6, 200, requires_grad=True), torch.randint(0, 200, (6,))
     (expected,) = torch.autograd.grad(theirs.cross_entropy(x, t), x)
     for factor in (1.0, 0.5):
         logits = x * 1.0
-        with fastopt.use_backend("numba"):
+        with fastopt.use_backend(BACKEND):
             loss = ours.cross_entropy(logits, t) * factor
         logits.detach().zero_()
-        if factor == 1.0:
+        if factor == 1.0 and BACKEND == "numba":
             torch.testing.assert_close(torch.autograd.grad(loss, x)[0], expected)
         else:
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -198,7 +202,7 @@ def test_modules_are_torchs(name: str) -> None:
     target = torch.tensor([0, 2, 3]) if name == "CrossEntropyLoss" else torch.randn(3, 4)
     for twin in (mine, copy.deepcopy(mine), pickle.loads(pickle.dumps(mine))):
         torch.testing.assert_close(twin(x, target), torchs(x, target))
-        with fastopt.use_backend("numba"):
+        with fastopt.use_backend(BACKEND):
             torch.testing.assert_close(twin(x, target), torchs(x, target))
 
 
@@ -239,7 +243,7 @@ def test_any_cross_entropy(
     grads = []
     for module in (ours, theirs):
         leaf = x.clone().requires_grad_()
-        with fastopt.use_backend("numba"):
+        with fastopt.use_backend(BACKEND):
             loss = module.cross_entropy(leaf, t, weight, **options)
         upstream = torch.linspace(-1, 1, loss.numel()).view(loss.shape)
         grads.append((loss.detach(), torch.autograd.grad(loss, leaf, upstream)[0]))
@@ -252,6 +256,6 @@ def test_any_dense_layout(shape: tuple[int, ...], order: object, operation: str)
     axes = list(range(len(shape)))
     order.shuffle(axes)
     x, y = (torch.randn(shape).permute(axes) for _ in range(2))
-    with fastopt.use_backend("numba"):
+    with fastopt.use_backend(BACKEND):
         mine = getattr(ours, operation)(x, y, reduction="none")
     torch.testing.assert_close(mine, getattr(theirs, operation)(x, y, reduction="none"))

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as theirs
-from cases import FLOATS, LOSSES, REDUCTIONS, LossCase, assert_as_accurate
+from cases import BACKEND, FLOATS, INTERPRETED, LOSSES, REDUCTIONS, LossCase, assert_as_accurate
 from torch import Tensor
 
 import fastopt
@@ -57,7 +57,7 @@ def test_values_and_gradients(
     shape = call(theirs, case, reduction=reduction)(*tensors).shape
     upstream = torch.randn(shape, dtype=dtype) if reduction == "none" else torch.tensor(0.37)
     for given in (None, upstream):  # a plain loss.backward(), and any other grad_output
-        with fastopt.use_backend("numba"):
+        with fastopt.use_backend(BACKEND):
             mine = loss_and_grads(call(ours, case, reduction=reduction), tensors, given)
         torchs = loss_and_grads(call(theirs, case, reduction=reduction), tensors, given)
         doubles = differentiable(in_double(tensors), case.operation)
@@ -77,7 +77,7 @@ def test_what_is_not_compiled_is_torch(case: LossCase) -> None:
     mine = loss_and_grads(call(ours, case), tensors)
     for m, t in zip(mine, loss_and_grads(call(theirs, case), tensors), strict=True):
         assert torch.equal(m, t)
-    with fastopt.use_backend("numba"), pytest.raises(fastopt.BackendUnavailable):
+    with fastopt.use_backend(BACKEND), pytest.raises(fastopt.BackendUnavailable):
         call(ours, case)(*tensors)
 
 
@@ -86,7 +86,7 @@ def test_what_is_not_compiled_is_torch(case: LossCase) -> None:
 def test_backward_twice_and_into_leaves(name: str) -> None:
     case = next(c for c in LOSSES if str(c) == name)
     tensors = differentiable(case.make(torch.float32), case.operation)
-    with fastopt.use_backend("numba"):
+    with fastopt.use_backend(BACKEND):
         loss = call(ours, case)(*tensors)
     loss.backward(retain_graph=True)
     first = tensors[0].grad.clone()
@@ -99,7 +99,7 @@ def test_backward_twice_and_into_leaves(name: str) -> None:
 def test_expanded_grad_output() -> None:
     x = torch.randn(300, 50, requires_grad=True)
     t = torch.randint(0, 50, (300,))
-    with fastopt.use_backend("numba"):
+    with fastopt.use_backend(BACKEND):
         (mine,) = torch.autograd.grad(ours.cross_entropy(x, t, reduction="none").sum(), x)
         (half,) = torch.autograd.grad(ours.cross_entropy(x, t) * 0.5, x)
     (torchs,) = torch.autograd.grad(theirs.cross_entropy(x, t, reduction="sum"), x)
@@ -120,7 +120,7 @@ def test_confident_rows(dtype: torch.dtype) -> None:
             (ours.cross_entropy, x), (theirs.cross_entropy, x), (theirs.cross_entropy, x.double())
         ):  # fmt: skip
             leaf = data.clone().requires_grad_()
-            with fastopt.use_backend("numba"):
+            with fastopt.use_backend(BACKEND):
                 loss = function(leaf, t, reduction="none")
             outcomes.append((loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]))
         for mine, torchs, oracle in zip(*outcomes, strict=True):
@@ -131,6 +131,8 @@ def test_confident_rows(dtype: torch.dtype) -> None:
         picked = torch.arange(64), t
         mine, oracle = outcomes[0][1][picked].double(), outcomes[2][1][picked]
         limit = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 5e-3)
+        if INTERPRETED and dtype == torch.bfloat16:  # which the interpreter cuts, not rounds
+            limit = 1e-2
         seen = oracle.abs() > 1e-6  # below, float16 itself has no digits
         # float32 sums of up to 3000 terms: some ulps of 1, against which 1 - p is compared
         torch.testing.assert_close(mine[seen], oracle[seen], rtol=limit, atol=1e-6)
@@ -166,7 +168,7 @@ def test_extreme_logits(dtype: torch.dtype, classes: int, smoothing: float) -> N
     leaf = x.clone().requires_grad_()
     double = x.double().requires_grad_()
     upstream = torch.randn(14)
-    with fastopt.use_backend("numba"):
+    with fastopt.use_backend(BACKEND):
         mine = ours.cross_entropy(leaf, t, reduction="none", label_smoothing=smoothing)
     oracle = theirs.cross_entropy(double, t, reduction="none", label_smoothing=smoothing)
     (grad,) = torch.autograd.grad(mine, leaf, upstream.to(dtype))
@@ -185,7 +187,7 @@ def test_extreme_pointwise(operation: str, dtype: torch.dtype) -> None:
     for reduction in REDUCTIONS:
         outcomes = []
         for module in (ours, theirs):
-            with fastopt.use_backend("numba"):
+            with fastopt.use_backend(BACKEND):
                 loss = getattr(module, operation)(input, target, reduction=reduction)
             upstream = torch.full_like(loss, 2.0)
             outcomes.append((loss, *torch.autograd.grad(loss, (input, target), upstream)))
@@ -198,7 +200,7 @@ def test_nothing_counts(shape: tuple[int, ...]) -> None:
     """All positions ignored: the mean is NaN, the gradient exactly 0; the sum is 0."""
     x = torch.randn(shape, requires_grad=True)
     t = torch.full(shape[:1] + shape[2:], -100)
-    with fastopt.use_backend("numba"):
+    with fastopt.use_backend(BACKEND):
         mean, total = ours.cross_entropy(x, t), ours.cross_entropy(x, t, reduction="sum")
     assert mean.isnan()
     assert total == 0
@@ -211,13 +213,13 @@ def test_class_weights_of_zero() -> None:
     x = torch.randn(5, 4, requires_grad=True)
     weight = torch.tensor([0.0, 1.0, 0.0, 2.0])
     for t in (torch.tensor([0, 1, 2, 3, 0]), torch.tensor([0, 2, 0, 2, 0])):
-        with fastopt.use_backend("numba"):
+        with fastopt.use_backend(BACKEND):
             mine = ours.cross_entropy(x, t, weight)
         torch.testing.assert_close(mine, theirs.cross_entropy(x, t, weight), equal_nan=True)
 
 
 @pytest.mark.parametrize("bad", [-1, 10, 2**40, -(2**40)])
-@pytest.mark.parametrize("backend", ["numba", "reference"])
+@pytest.mark.parametrize("backend", [BACKEND, "reference"])
 def test_target_out_of_range(bad: int, backend: str) -> None:
     x = torch.randn(3, 10, 7)
     t = torch.randint(0, 10, (3, 7))
@@ -250,7 +252,7 @@ def test_target_out_of_range(bad: int, backend: str) -> None:
         ("l1_loss", (torch.randn(2, 3), torch.randn(3, 2)), {}),
     ],
 )
-@pytest.mark.parametrize("backend", ["auto", "numba"])
+@pytest.mark.parametrize("backend", ["auto", BACKEND])
 def test_bad_input_gets_torchs_error(
     operation: str, arguments: tuple[object, ...], options: dict[str, object], backend: str
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FLOATS, OPTIMIZERS, SHAPES, OptimizerCase, assert_as_accurate
+from cases import BACKEND, FLOATS, OPTIMIZERS, SHAPES, OptimizerCase, assert_as_accurate
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -81,7 +81,7 @@ def test_updates(case: OptimizerCase, dtype: torch.dtype) -> None:
         set_grads(mine, torchs, oracle)
         grads = [p.grad.clone() for p in mine]
         versions = [p._version for p in mine]
-        with fastopt.use_backend("numba"):
+        with fastopt.use_backend(BACKEND):
             optimizers[0].step()
         for optimizer in optimizers[1:]:
             optimizer.step()

@@ -120,13 +120,14 @@ class _FusedLoss(torch.autograd.Function):
     """Any loss by any compiled backend.
 
     The forward pass may leave the gradients for a grad_output of 1 behind, which is what
-    the usual ``loss.backward()`` asks for; it hands them over, once. Everything else (a
+    the usual ``loss.backward()`` asks for; they are handed over, once. Everything else (a
     scaled or per-sample grad_output, a second backward) is computed from the inputs.
     """
 
     @staticmethod
     def forward(ctx: Any, backend: Any, options: hyper.Loss, *tensors: Tensor | None) -> Tensor:
-        loss, ctx.grads = backend.forward(options, tensors, ctx.needs_input_grad[2:])
+        needs = ctx.needs_input_grad[2:]
+        loss, ctx.grads, ctx.kept = backend.forward(options, tensors, needs)
         ctx.backend, ctx.options = backend, options
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
@@ -142,20 +143,15 @@ class _FusedLoss(torch.autograd.Function):
             return (None,) * (2 + len(needs))
         if torch.is_grad_enabled() or _is_batched(grad_output):  # create_graph, is_grads_batched
             grads = _torch_grads(ctx.options, ctx.saved_tensors, grad_output, needs)
-        elif grads is None or not _is_one(grad_output):
-            del grads
-            grads = ctx.backend.backward(ctx.options, ctx.saved_tensors, grad_output, needs)
+        elif grads is None or not ctx.backend.is_one(grad_output):
+            saved = ctx.saved_tensors
+            grads = ctx.backend.backward(ctx.options, saved, grads, ctx.kept, grad_output, needs)
         return (None, None, *grads)
 
 
 def _is_batched(tensor: Tensor) -> bool:
     functorch = torch._C._functorch
     return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
-
-
-def _is_one(grad_output: Tensor) -> bool:
-    # Reading a value would make a GPU wait; those backends leave no gradients behind.
-    return grad_output.dim() == 0 and grad_output.item() == 1.0
 
 
 def _torch_grads(

@@ -28,6 +28,7 @@ class Kind(NamedTuple):
         param, grad: dtypes.
         slots: dtype of each state in the order of the optimizer's slots, None if not in use.
         step: dtype of the step counters, None if the optimizer has none.
+        counted_on_device: whether the counters are the device's.
         special: why only torch can serve them, in words.
     """
 
@@ -36,6 +37,7 @@ class Kind(NamedTuple):
     grad: torch.dtype
     slots: tuple[torch.dtype | None, ...]
     step: torch.dtype | None
+    counted_on_device: bool
     special: tuple[str, ...]
 
 
@@ -115,7 +117,9 @@ def _kind(
     grad: Tensor,
     state: dict[str, Any],
 ) -> Kind:
-    special = [f"{flag}=True" for flag in ("differentiable", "capturable") if group.get(flag)]
+    special = ["differentiable=True"] if group.get("differentiable") else []
+    if group.get("capturable") and param.device.type == "cpu":
+        special.append("capturable=True on the CPU")
     special += _layout_specials(param, grad)
     slots: list[torch.dtype | None] = []
     for name in optimizer._slots:
@@ -130,26 +134,34 @@ def _kind(
             special.append(f"state {name!r} of another layout than the parameter's")
         else:
             slots.append(value.dtype)
-    step = None
+    step, on_device = None, False
     if optimizer._counts_steps:
         counter = state.get("step")
-        step = _default_counter()
+        step, where = default_counter(param, group)
+        on_device = where is not None
         if counter is not None:
-            if (
-                type(counter) is not Tensor
-                or counter.device.type != "cpu"
-                or counter.numel() != 1
-                or counter.dtype not in _COUNTERS
-            ):
-                special.append(f"state 'step' that is no number on the CPU: {counter!r}")
+            if type(counter) is not Tensor or counter.numel() != 1 or (
+                counter.dtype not in _COUNTERS
+                or counter.device not in (param.device, torch.device("cpu"))
+            ):  # fmt: skip
+                special.append(f"state 'step' that is no number on {param.device} or the CPU")
             else:
                 step = counter.dtype
-    return Kind(param.device, param.dtype, grad.dtype, tuple(slots), step, tuple(special))
+                on_device = counter.device == param.device and (
+                    param.device.type != "cpu" or on_device
+                )
+    return Kind(
+        param.device, param.dtype, grad.dtype, tuple(slots), step, on_device, tuple(special)
+    )
 
 
-def _default_counter() -> torch.dtype:
-    """The dtype that torch gives new step counters."""
-    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+def default_counter(
+    param: Tensor, group: dict[str, Any]
+) -> tuple[torch.dtype, torch.device | None]:
+    """The dtype that torch gives new step counters, and their device if it is the parameter's."""
+    double = torch.get_default_dtype() == torch.float64 and not group.get("fused")
+    own = group.get("fused") or group.get("capturable")
+    return torch.float64 if double else torch.float32, param.device if own else None
 
 
 def _layout_specials(param: Tensor, grad: Tensor) -> list[str]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..kernels.tables import Tables, Traced
 from ._kinds import Share, Spans, shares
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class StepPlan:
         reference: the parameters that torch's own step has to update.
     """
 
-    def __init__(self, optimizer: PlannedStep, grad_factor: float) -> None:
+    def __init__(self, optimizer: PlannedStep) -> None:
         self._insisted = dispatch.insisted()
         planned = shares(optimizer)  # may raise; nothing has been changed before
         self._params = list(chain.from_iterable(map(_params, optimizer.param_groups)))
@@ -76,9 +77,9 @@ class StepPlan:
         self._once = any(bucket.fresh for bucket in self._buckets)
         self._states = list(optimizer.state.values())
         self._flags = list(map(optimizer._flags, optimizer.param_groups))
-        self._set_hypers(optimizer, grad_factor)
+        self._set_hypers(optimizer)
 
-    def holds(self, optimizer: PlannedStep, grad_factor: float) -> bool:
+    def holds(self, optimizer: PlannedStep) -> bool:
         """Prove that the plan is still true, and take in new gradients and hyperparameters."""
         params = list(chain.from_iterable(map(_params, optimizer.param_groups)))
         if (
@@ -96,25 +97,29 @@ class StepPlan:
         if not same_states or not all(bucket.holds(self._spans) for bucket in self._buckets):
             return False
         hypers = _hypers(optimizer)
-        if self._fixed and hypers == self._hypers and grad_factor == self._grad_factor:
+        if self._fixed and hypers == self._hypers:
             return True
         if list(map(optimizer._flags, optimizer.param_groups)) != self._flags:
             return False
-        self._set_hypers(optimizer, grad_factor)
+        self._set_hypers(optimizer)
         return True
 
-    def _set_hypers(self, optimizer: PlannedStep, grad_factor: float) -> None:
-        self._grad_factor = grad_factor
+    def _set_hypers(self, optimizer: PlannedStep) -> None:
         self._hypers = _hypers(optimizer)
         self._fixed = all(map(_is_fixed, chain.from_iterable(self._hypers)))
         for bucket in self._buckets:
-            bucket.set_hypers(optimizer, grad_factor)
+            bucket.set_hypers(optimizer)
 
-    def run(self) -> None:
-        """Do the compiled part of the step."""
+    def run(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Do the compiled part of the step.
+
+        Args:
+            grad_scale: what the gradients are to be divided by.
+            found_inf: not 0 if the step is to be skipped.
+        """
         for done, bucket in enumerate(self._buckets):
             try:
-                bucket.run()
+                bucket.run(grad_scale, found_inf)
             except BaseException:  # interrupted while it compiles, say
                 for idle in self._buckets[done:]:
                     idle.forget_states()
@@ -136,30 +141,37 @@ class Bucket:
         kind, _, members = share
         self._params = params = [m.param for m in members]
         names = [n for n, d in zip(optimizer._slots, kind.slots, strict=True) if d is not None]
-        begins = [optimizer._create_state(p, names) for p in params]
+        groups = optimizer.param_groups
+        begins = [optimizer._create_state(m.param, groups[m.group], names) for m in members]
         self.fresh = any(begins)
         self._begun = [m.param for m, begin in zip(members, begins, strict=True) if begin]
         self._optimizer_state = optimizer.state
         keys = [(m.group, begin) for m, begin in zip(members, begins, strict=True)]
         self._rows = sorted(set(keys))
+        # A step that a GradScaler skips must not count as a first one that has its own rule.
+        self._begins_differently = any(
+            begin and optimizer._hyper(groups[g], True) != optimizer._hyper(groups[g], False)
+            for g, begin in self._rows
+        )
 
         if kind.step is not None:
             names.append("step")
         self._state_dicts = [optimizer.state[p] for p in params] if names else []
         self._lines = []  # (how to find a state, its tensors, their addresses)
-        width = len(optimizer._slots)
-        self._table = np.zeros((width + 3, len(params)), np.int64)  # param, slots, grad, step
+        addresses = np.zeros((len(optimizer._slots) + 2, len(params)), np.int64)
         self._pointers = list(map(_data_ptr, params))
-        self._table[0] = self._pointers
+        addresses[0] = self._pointers
+        counters = None
         for name in names:
             tensors = [state[name] for state in self._state_dicts]
+            if name == "step":
+                counters = _side_by_side(tensors)
             pointers = list(map(_data_ptr, tensors))
-            line = width + 2 if name == "step" else optimizer._slots.index(name) + 1
-            self._table[line] = pointers
+            if name != "step":
+                addresses[optimizer._slots.index(name) + 1] = pointers
             self._lines.append((itemgetter(name), tensors, pointers))
         self.written = params + list(chain.from_iterable(line[1] for line in self._lines))
-        counters = len(params) if kind.step is not None else 0
-        self.updated = self.written[: len(self.written) - counters]
+        self.updated = self.written[: len(self.written) - len(params) * (counters is not None)]
 
         # Whether all are contiguous is cheaper to ask than their strides, and says as much.
         contiguous = all(map(Tensor.is_contiguous, params))
@@ -168,22 +180,32 @@ class Bucket:
         self._sizes = list(map(_numel, params))
         self._grad_dtypes = [kind.grad] * len(params)
         self._grad_bytes = np.array(self._sizes, np.int64) * kind.grad.itemsize
+        offsets = np.zeros(len(params) + 1, np.int64)
+        np.cumsum(self._sizes, out=offsets[1:])
+        self._tables = Tables(
+            device=kind.device,
+            hypers=np.zeros((len(self._rows), len(optimizer._record._fields))),
+            traced=[],
+            row_of=np.array([self._rows.index(key) for key in keys], np.int64),
+            offsets=offsets,
+            addresses=addresses,
+            counters=counters,
+            counted_on_device=kind.counted_on_device,
+        )
         self._set_grads(list(map(_data_ptr, map(_grad, params))))
+        self._launch = launcher(self._tables)
 
-        self._hypers = np.zeros((len(self._rows), len(optimizer._record._fields)))
-        self._row_of = np.array([self._rows.index(key) for key in keys], np.int64)
-        self._offsets = np.zeros(len(params) + 1, np.int64)
-        np.cumsum(self._sizes, out=self._offsets[1:])
-        self._launch = launcher
-        self._arrays = (self._hypers, self._row_of, self._offsets, self._table)
-        addresses = [array.ctypes.data for array in self._arrays]
-        self._arguments = (int(self._offsets[-1]), *addresses, len(params))
-
-    def set_hypers(self, optimizer: PlannedStep, grad_factor: float) -> None:
+    def set_hypers(self, optimizer: PlannedStep) -> None:
         """Write the groups' hyperparameters into the launch's table."""
-        for line, (group, begins) in zip(self._hypers, self._rows, strict=True):
-            line[:] = optimizer._hyper(optimizer.param_groups[group], begins)
-            line[0] *= grad_factor
+        table, traced = self._tables.hypers, self._tables.traced
+        traced.clear()
+        for row, (group, begins) in enumerate(self._rows):
+            values = optimizer._hyper(optimizer.param_groups[group], begins)
+            for field, value in enumerate(values):
+                if isinstance(value, Tensor) and value.device.type != "cpu":
+                    traced.append(Traced(row, field, value))  # to read it would make the host wait
+                else:
+                    table[row, field] = value
 
     def forget_states(self) -> None:
         """Undo the beginning of states whose first step, with its own rule, didn't happen."""
@@ -228,8 +250,23 @@ class Bucket:
 
     def _set_grads(self, pointers: list[int]) -> None:
         self._grad_pointers = pointers
-        self._table[-2] = pointers
+        self._tables.addresses[-1] = pointers
 
-    def run(self) -> None:
+    def run(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Launch."""
-        self._launch(*self._arguments)
+        if self._begins_differently and found_inf is not None and found_inf.item():
+            self.forget_states()
+        else:
+            self._launch(grad_scale, found_inf)
+
+
+def _side_by_side(counters: list[Tensor]) -> Tensor:
+    """Move one-element tensors into one block of memory, which is returned.
+
+    They stay the same objects and seem unchanged, but can be counted on together.
+    """
+    block = torch.stack([c.detach().reshape(()) for c in counters])
+    storage = block.untyped_storage()
+    for k, counter in enumerate(counters):
+        counter.set_(storage, k, counter.shape, counter.stride())
+    return block

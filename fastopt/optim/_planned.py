@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..dispatch import Decision
-from ._kinds import _default_counter, shares
+from ._kinds import default_counter, shares
 from ._plan import StepPlan
 
 Group = dict[str, Any]
@@ -43,13 +43,14 @@ class PlannedStep(Optimizer):
         """What decides how a group's parameters are sorted into buckets."""
         return (*self._active(group), group.get("differentiable"), group.get("capturable"))
 
-    def _create_state(self, param: Tensor, names: Iterable[str]) -> bool:
+    def _create_state(self, param: Tensor, group: Group, names: Iterable[str]) -> bool:
         """Add missing states to a parameter, as torch lays them out; whether any was missing."""
         if not names and not self._counts_steps:
             return False
         state = self.state[param]
         if self._counts_steps and "step" not in state:
-            state["step"] = torch.tensor(0.0, dtype=_default_counter())
+            dtype, device = default_counter(param, group)
+            state["step"] = torch.zeros((), dtype=dtype, device=device)
         missing = [name for name in names if state.get(name) is None]
         for name in missing:
             state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
@@ -80,19 +81,14 @@ class PlannedStep(Optimizer):
         if torch.compiler.is_compiling():
             self._torch_step()
             return loss
-        found_inf = getattr(self, "found_inf", None)  # left here by GradScaler, if fused=True
-        if found_inf is not None and found_inf.item():
-            return loss
-        grad_scale = getattr(self, "grad_scale", None)
-        grad_factor = 1.0 if grad_scale is None else 1.0 / grad_scale.item()
-
         plan: StepPlan | None = self.__dict__.get("_plan")
-        if plan is None or not plan.holds(self, grad_factor):
+        if plan is None or not plan.holds(self):
             self._plan = None  # stays so if the next line raises
-            plan = self._plan = StepPlan(self, grad_factor)
+            plan = self._plan = StepPlan(self)
         if plan.reference:
             self._torch_step(plan.reference)
-        plan.run()
+        # Left here by a GradScaler, if fused=True.
+        plan.run(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         return loss
 
     def _torch_step(self, params: list[Tensor] | None = None) -> None:
@@ -115,8 +111,3 @@ class PlannedStep(Optimizer):
 
     def _decisions(self) -> tuple[Decision, ...]:
         return tuple(share.decision for share in shares(self, without_grads=True))
-
-
-def scalar(value: float | Tensor) -> float:
-    """A hyperparameter that may be a one-element tensor."""
-    return value.item() if isinstance(value, Tensor) else value

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..kernels import hyper
-from ._planned import PlannedStep, scalar
+from ._planned import PlannedStep
 
 __all__ = ["Adam"]
 
@@ -62,14 +62,13 @@ class Adam(PlannedStep, torch.optim.Adam):
 
 def adam_hyper(group: dict[str, Any], decoupled: bool) -> hyper.Adam:
     """The record of Adam or, decoupled, of AdamW."""
-    lr, decay = scalar(group["lr"]), scalar(group["weight_decay"])
-    beta1, beta2 = map(scalar, group["betas"])
+    beta1, beta2 = group["betas"]
     return hyper.Adam(
         grad_scale=-1.0 if group["maximize"] else 1.0,
-        lr=lr,
+        lr=group["lr"],
         beta1=beta1,
         beta2=beta2,
         eps=group["eps"],
-        weight_decay=0.0 if decoupled else decay,
-        param_decay=1.0 - lr * decay if decoupled else 1.0,
+        weight_decay=group["weight_decay"],
+        decoupled=float(decoupled),
     )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..kernels import hyper
-from ._planned import PlannedStep, scalar
+from ._planned import PlannedStep
 
 __all__ = ["RMSprop"]
 
@@ -60,7 +60,7 @@ class RMSprop(PlannedStep, torch.optim.RMSprop):
     def _hyper(self, group: dict[str, Any], begins: bool) -> hyper.RMSprop:
         return hyper.RMSprop(
             grad_scale=-1.0 if group["maximize"] else 1.0,
-            lr=scalar(group["lr"]),
+            lr=group["lr"],
             alpha=group["alpha"],
             alpha_rest=1.0 - group["alpha"],
             eps=group["eps"],

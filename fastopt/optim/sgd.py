@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..kernels import hyper
-from ._planned import PlannedStep, scalar
+from ._planned import PlannedStep
 
 __all__ = ["SGD"]
 
@@ -56,9 +56,9 @@ class SGD(PlannedStep, torch.optim.SGD):
     def _hyper(self, group: dict[str, Any], begins: bool) -> hyper.SGD:
         return hyper.SGD(
             grad_scale=-1.0 if group["maximize"] else 1.0,
-            lr=scalar(group["lr"]),
+            lr=group["lr"],
             momentum=group["momentum"],
             grad_share=1.0 if begins else 1.0 - group["dampening"],
-            weight_decay=scalar(group["weight_decay"]),
+            weight_decay=group["weight_decay"],
             nesterov=float(group["nesterov"]),
         )

@@ -20,7 +20,7 @@ import torch
 from numba.core import types
 
 from .. import hyper
-from ..layout import ClassAxis, class_axis
+from ..layout import ClassAxis, class_axis, dense_axis, view_along
 from ..reference import out_of_bounds
 from . import memory
 from .compiler import Region, dtype_name, optional_pointer, pointer, specialise
@@ -164,7 +164,7 @@ def _run(
         totals.data_ptr() + 8 * parts * width,
     )
     mass = 0.0 if call.smooth is None else float(call.smooth.sum(dtype=torch.float64))
-    g = _gradient_layout(x)
+    g = dense_axis(x)
     del addresses[2]
     _launcher(softmax_tiles, *dtypes)(
         parts, *addresses, scale, *columns, call.hard, mass, scale, 0.0, call.ignore_index,
@@ -173,55 +173,42 @@ def _run(
     )  # fmt: skip
 
 
-def _gradient_layout(x: ClassAxis) -> ClassAxis:
-    """Dense, with the classes last where the input has them last."""
-    stride, classes, inner = x.inner * x.classes, x.classes, x.inner
-    if x.class_stride == 1:
-        return ClassAxis(classes, x.outer, inner, stride, classes, 1)
-    return ClassAxis(classes, x.outer, inner, stride, 1, inner)
-
-
 def _empty_gradient(input: torch.Tensor, x: ClassAxis) -> torch.Tensor:
     if not memory.is_pooled(input) and input.is_contiguous():
         return torch.empty_like(input)
-    g = _gradient_layout(x)
-    flat = memory.empty((input.numel(),), input.dtype)
-    if input.dim() == 1:
-        return flat
-    if input.dim() == 2:
-        return flat.as_strided(input.shape, (g.inner_stride, g.class_stride))
-    middle = flat.as_strided(
-        (x.outer, x.classes, x.inner), (g.outer_stride, g.class_stride, g.inner_stride)
-    )
-    return middle.view(input.shape) if x.class_stride == 1 else middle.reshape(input.shape)
+    return view_along(memory.empty((input.numel(),), input.dtype), input.shape, x)
 
 
 def forward(
     options: hyper.Loss, tensors: tuple[torch.Tensor | None, ...], needs: tuple[bool, ...]
-) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...] | None]:
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...] | None, None]:
     """The loss, and its gradients for a grad_output of 1 (None where that isn't settled yet)."""
     call = _prepare(options, tensors)
     shape = call.input.shape[:1] + call.input.shape[2:] if call.input.dim() > 1 else ()
     if options.reduction == "none":
         losses = torch.empty(shape, dtype=options.dtype)
         _run(call, losses, None, None, None, 1.0)
-        return losses, None
+        return losses, None, None
     losses = torch.empty(shape, dtype=torch.float64)
     loss = torch.empty((), dtype=options.dtype)
     grad = _empty_gradient(call.input, call.axis) if needs[0] else None
     _run(call, losses, grad, None, loss, _inverse(call.denominator))
-    return loss, None if grad is None else (grad, None, None)
+    return loss, None if grad is None else (grad, None, None), None
 
 
 def backward(
     options: hyper.Loss,
     tensors: tuple[torch.Tensor | None, ...],
+    grads: tuple[torch.Tensor | None, ...] | None,
+    kept: None,
     grad_output: torch.Tensor,
     needs: tuple[bool, ...],
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients for any grad_output, computed anew from the inputs."""
     call = _prepare(options, tensors)
-    grad = _empty_gradient(call.input, call.axis)
+    grad = grads[0] if grads else None
+    if grad is None:
+        grad = _empty_gradient(call.input, call.axis)
     if options.reduction == "none":
         _run(call, None, grad, grad_output.contiguous(), None, 1.0)
     else:

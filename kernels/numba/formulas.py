@@ -90,8 +90,8 @@ def adam_constants(h: Any, step: Any) -> Any:
         1.0 - h.beta2,
         1.0 / math.sqrt(1.0 - h.beta2**step),
         h.eps,
-        h.weight_decay,
-        h.param_decay,
+        0.0 if h.decoupled else h.weight_decay,
+        1.0 - h.lr * h.weight_decay if h.decoupled else 1.0,
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from numba import prange
 from numba.core import types
 
+from ..tables import Launch, Tables
 from .compiler import dtype_name, kernel, pointer, region
 from .formulas import constants, update
 from .pointer import Rows, at, at_each, cast_record, load, load_each, read_row, store, store_each
@@ -39,17 +40,17 @@ def update_span(record: Any, slots: Any, grads: Any, begin: int, end: int) -> No
 
 
 @kernel
-def step_count(step: Any, table: Any, position: int) -> float:
+def step_count(steps: Any, tensor: int) -> float:
     """The step that this update is; 0 where the optimizer does not count."""
-    if step is None:
+    if steps is None:
         return 0.0
-    return np.float64(load(at(step, load(table, position)), 0)) + 1.0
+    return np.float64(load(steps, tensor)) + 1.0
 
 
 @kernel
 def update_part(
     part: int, parts: int, rows: Any, row_of: Any, offsets: Any, table: Any, tensors: int,
-    slots: Any, grads: Any, step: Any,
+    slots: Any, grads: Any, steps: Any,
 ) -> None:  # fmt: skip
     total = load(offsets, tensors)
     begin = part * total // parts // ALIGN * ALIGN
@@ -67,7 +68,7 @@ def update_part(
         start = load(offsets, t)
         stop = min(load(offsets, t + 1), end)
         if stop > begin:
-            count_here = step_count(step, table, (len(slots) + 1) * tensors + t)
+            count_here = step_count(steps, t)
             row_here = load(row_of, t)
             if row_here != row or count_here != count:  # a power costs as much as 100 elements
                 row, count = row_here, count_here
@@ -82,15 +83,14 @@ def update_part(
 @region
 def update_all(
     parts: int, rows: Any, row_of: Any, offsets: Any, table: Any, tensors: int,
-    slots: Any, grads: Any, step: Any,
+    slots: Any, grads: Any, steps: Any,
 ) -> None:  # fmt: skip
     for part in prange(parts):
-        update_part(part, parts, rows, row_of, offsets, table, tensors, slots, grads, step)
-    if step is not None:
+        update_part(part, parts, rows, row_of, offsets, table, tensors, slots, grads, steps)
+    if steps is not None:
         for t in range(tensors):
-            counter = at(step, load(table, (len(slots) + 1) * tensors + t))
-            count = load(counter, 0)
-            store(counter, 0, count + cast(1, count))
+            count = load(steps, t)
+            store(steps, t, count + cast(1, count))
 
 
 @functools.cache
@@ -99,20 +99,14 @@ def launcher(
     slots: tuple[torch.dtype | None, ...],
     grad: torch.dtype,
     step: torch.dtype | None,
-) -> Callable[..., None]:
-    """The compiled update for one kind of bucket.
+) -> Callable[[Tables], Launch]:
+    """The compiled update for one kind of bucket, to be bound to a bucket's tables.
 
     Args:
         record: type of the hyperparameter record.
         slots: dtypes of the parameter and of each state, None for an unused state.
         grad: dtype of the gradients.
         step: dtype of the step counters, or None.
-
-    Call it as ``update(elements, rows, row_of, offsets, table, tensors)``, where elements is
-    the number of all elements, rows the address of the float64 record table, row_of that of
-    each tensor's row, offsets that of the running count of elements (tensors + 1 entries),
-    and table that of the int64 addresses, one line of `tensors` entries for each slot (also
-    unused ones), then one for the gradients, then one for the step counters.
     """
     compute = "float64" if slots[0] == torch.float64 else "float32"
     slot_types = [
@@ -130,9 +124,28 @@ def launcher(
         pointer(dtype_name(grad), len(slots), compute),
         types.none if step is None else pointer(dtype_name(step), 7, dtype_name(step)),
     )
-    tag = (tuple(None if d is None else 0 for d in slots), 0, None if step is None else 0)
+    tag = (tuple(None if d is None else 0 for d in slots), 0)
 
-    def update(elements: int, *arguments: int) -> None:
-        compiled(parts_for(elements, GRAIN), *arguments, *tag)
+    def bind(tables: Tables) -> Launch:
+        arrays = (tables.hypers, tables.row_of, tables.offsets, tables.addresses)
+        addresses = [array.ctypes.data for array in arrays]
+        elements = int(tables.offsets[-1])
+        steps = None if tables.counters is None else tables.counters.data_ptr()
+        arguments = (*addresses, len(tables.row_of), *tag, steps)
 
-    return update
+        def update(grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
+            if found_inf is not None and found_inf.item():
+                return
+            if grad_scale is None:
+                compiled(parts_for(elements, GRAIN), *arguments)
+                return
+            scales = tables.hypers[:, 0].copy()  # the first field of every record
+            tables.hypers[:, 0] /= grad_scale.item()
+            try:
+                compiled(parts_for(elements, GRAIN), *arguments)
+            finally:
+                tables.hypers[:, 0] = scales
+
+        return update
+
+    return bind

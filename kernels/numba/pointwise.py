@@ -104,31 +104,33 @@ def _empty_grad(tensor: torch.Tensor, need: bool) -> torch.Tensor | None:
 
 def forward(
     options: hyper.Loss, tensors: tuple[torch.Tensor, ...], needs: tuple[bool, ...]
-) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...] | None]:
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...] | None, None]:
     """The loss, and its gradients for a grad_output of 1 (None where that isn't settled yet)."""
     input, target = tensors
     if options.reduction == "none":
         values = torch.empty_like(input, dtype=options.dtype)
         _run(options.hyper, 1.0, input, target, values, None, None, None, None, None)
-        return values, None
+        return values, None, None
     grads = tuple(map(_empty_grad, tensors, needs))
     sums = torch.empty(-(-input.numel() // CHUNK), dtype=torch.float64)
     loss = torch.empty((), dtype=options.dtype)
     _run(
         options.hyper, _scale(options, input), input, target, None, *grads, None, sums, loss
     )  # fmt: skip
-    return loss, grads if any(needs) else None
+    return loss, grads if any(needs) else None, None
 
 
 def backward(
     options: hyper.Loss,
     tensors: tuple[torch.Tensor, ...],
+    grads: tuple[torch.Tensor | None, ...] | None,
+    kept: None,
     grad_output: torch.Tensor,
     needs: tuple[bool, ...],
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients for any grad_output, computed anew from the inputs."""
     input, target = tensors
-    grads = tuple(map(_empty_grad, tensors, needs))
+    grads = grads or tuple(map(_empty_grad, tensors, needs))
     upstream, scale = None, 1.0
     if options.reduction == "none":
         # in the layout of the input, element for element

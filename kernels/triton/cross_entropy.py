@@ -1,0 +1,342 @@
+"""Cross-entropy: from tensors to launches.
+
+With coefficients k_c (the weighted and smoothed target distribution of a position),
+mass = sum of k_c and p = softmax(x):
+
+    loss         = mass * log sum exp(x - max) - sum of k_c (x_c - max)
+    d loss / d x = mass * p_c - k_c
+
+Bytes per logit in b bytes (a position's target, loss and statistics are some 24 bytes more):
+
+=====================  ==========================  ==========================  =========
+                       forward                     backward                    together
+=====================  ==========================  ==========================  =========
+gradient in forward    1 read, 1 write: 2b         none (grad_output is 1),    2b
+                                                   else 1 read, 1 write        (4b)
+recomputed             1 read: b                   1 read, 1 write: 2b         3b
+=====================  ==========================  ==========================  =========
+
+A row too long for registers is read twice in forward; the second reading, from its end, finds
+it in a cache as long as the rows under way together fit there (see `tiling`). The first line
+is chosen, but for float16: that trains under a GradScaler, whose grad_output is never 1.
+Whether grad_output is 1 is seen on the device: a program that finds it so ends at once.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from .. import hyper
+from ..layout import ClassAxis, class_axis, dense_axis, view_along
+from ..reference import out_of_bounds
+from . import reduction
+from .compiler import Hardware, compute_dtype, hardware, launch, number
+from .softmax import row_statistics, softmax_rows, target_mass
+
+# Elements in registers of a program's tile, 16 a thread: two (bfloat16) or four (float32)
+# 16-byte loads under way, and room for the two accumulators that each element has.
+TILE, PER_THREAD = 4096, 16
+# Of short rows every few elements need an address of their own, and half a tile the registers.
+SHORT_ROW = 256
+# A single program may have 1024 threads. Rows up to here need not be read twice.
+LONGEST_TILE = 16_384
+# Where positions lie side by side: classes of a tile, so that 64 positions stand beside them.
+STRIDED_COLUMNS = 64
+# Positions and programs of the kernel that sums up the targets' weights.
+MASS_SPAN, MASS_PROGRAMS = 4096, 128
+
+
+class Tiling(NamedTuple):
+    """How a call is cut into programs.
+
+    Attributes:
+        rows, columns: positions and classes of a tile.
+        threads: of a program.
+        span: classes of a program, all of them unless rows are split.
+        splits: programs side by side in a row.
+    """
+
+    rows: int
+    columns: int
+    threads: int
+    span: int
+    splits: int
+
+    @property
+    def single(self) -> bool:
+        """Whether a tile holds whole rows."""
+        return self.splits == 1 and self.span <= self.columns
+
+
+def tiling(axis: ClassAxis, itemsize: int, machine: Hardware, twice: bool = True) -> Tiling:
+    """The rules for block sizes.
+
+    Args:
+        axis: of the logits.
+        itemsize: bytes of a logit.
+        machine: the device.
+        twice: whether rows too long for a tile are read twice; otherwise every part of a row
+            stands by itself, and there may be as many as there are.
+    """
+    positions, classes = axis.outer * axis.inner, axis.classes
+    width = triton.next_power_of_2(classes)
+    if axis.class_stride == 1:
+        columns = min(width, LONGEST_TILE if width <= LONGEST_TILE else TILE)
+        in_flight = 4 * machine.processors * classes * itemsize  # at 4 programs a processor
+        if width > LONGEST_TILE and twice and in_flight > machine.cache:
+            # So long that few rows may be under way at once, or the second reading would miss
+            # the cache: one program fills a processor.
+            columns = 2 * TILE
+    else:
+        columns = min(width, STRIDED_COLUMNS)
+    tile = TILE // 2 if axis.class_stride == 1 and columns < SHORT_ROW else TILE
+    rows = max(tile // columns, 1)
+    # With few positions rather more programs than full tiles.
+    rows = min(rows, triton.next_power_of_2(-(-positions // (2 * machine.processors)) or 1))
+    if axis.class_stride != 1:
+        rows = max(rows, min(32, triton.next_power_of_2(max(positions, 1))))  # a warp side by side
+    per_thread = PER_THREAD if columns != 2 * TILE and tile == TILE else PER_THREAD // 2
+    threads = max(min(rows * columns // per_thread, 1024), machine.warp)
+    blocks = -(-positions // rows)
+    span = classes
+    if classes > columns:
+        if not twice:
+            span = 4 * columns
+        elif blocks < machine.processors:  # few long rows: split them
+            splits = -(-2 * machine.processors // max(blocks, 1))
+            span = -(-classes // (splits * columns)) * columns
+    return Tiling(rows, columns, threads, span, max(-(-classes // span), 1))
+
+
+class _Call(NamedTuple):
+    """One call, prepared: the coefficients of the formula above, and how to reduce."""
+
+    input: torch.Tensor
+    axis: ClassAxis
+    target: torch.Tensor | None  # class indices, contiguous
+    probability: torch.Tensor | None
+    weight: torch.Tensor | None
+    weight_sum: torch.Tensor | None
+    kept: float  # of the target, 1 - label_smoothing
+    smooth: float  # spread to each class
+    ignore_index: int
+    reduction: str
+
+    @property
+    def positions(self) -> int:
+        return self.axis.outer * self.axis.inner
+
+
+class Kept(NamedTuple):
+    """What forward keeps for backward, beside the tensors: the rows' statistics."""
+
+    tops: torch.Tensor
+    totals: torch.Tensor
+    masses: torch.Tensor | None
+    target_masses: torch.Tensor | None
+
+
+def _prepare(options: hyper.Loss, tensors: tuple[torch.Tensor | None, ...]) -> _Call:
+    input, target, weight = tensors
+    assert input is not None
+    assert target is not None
+    assert isinstance(options.hyper, hyper.CrossEntropy)
+    axis = class_axis(input)
+    assert axis is not None, "dispatch admits only layouts that can be walked"
+    ignore_index, smoothing = options.hyper
+    if weight is not None:
+        weight = weight.contiguous()
+    weight_sum = None
+    probability = None
+    if target.is_floating_point():
+        target, probability = None, target
+    else:
+        target = target.contiguous()
+        if smoothing and weight is not None:
+            weight_sum = weight.sum(dtype=reduction.partial_dtype(input.dtype))
+        if target.device.type == "cpu":  # in the interpreter nobody waits for a host's look
+            wrong = ((target < 0) | (target >= axis.classes)) & (target != ignore_index)
+            if wrong.any():
+                raise out_of_bounds(target, axis.classes, ignore_index)
+    return _Call(
+        input, axis, target, probability, weight, weight_sum, 1.0 - smoothing,
+        smoothing / axis.classes, ignore_index, options.reduction,
+    )  # fmt: skip
+
+
+def _target_masses(call: _Call) -> torch.Tensor | None:
+    """Partial sums of the targets' weights, where the mean divides by them."""
+    if call.reduction != "mean" or call.target is None:
+        return None
+    programs = min(max(-(-call.positions // MASS_SPAN), 1), MASS_PROGRAMS)
+    masses = reduction.empty_partials(programs, call.input)
+    launch(
+        target_mass, (programs,), call.input.device, 256, call.target, call.weight, masses,
+        call.positions, -(-call.positions // programs), call.axis.classes, call.ignore_index,
+        COMPUTE=compute_dtype(call.input.dtype), BLOCK=1024,
+    )  # fmt: skip
+    return masses
+
+
+def _constants(call: _Call, cut: Tiling) -> dict[str, Any]:
+    """The compile-time arguments that both kernels have."""
+    double = call.input.dtype == torch.float64
+    return {
+        "COMPUTE": compute_dtype(call.input.dtype),
+        "SMOOTH": call.smooth != 0,
+        "FLAT": call.axis.outer == 1,
+        "UNIT": call.axis.class_stride == 1,
+        "STEP": _step(call),
+        "WIDE": call.positions + cut.rows >= 2**31,
+        "ROWS": cut.rows,
+        "COLUMNS": cut.columns,
+        "LOWEST": -sys.float_info.max if double else torch.finfo(torch.float32).min,
+    }
+
+
+def _step(call: _Call) -> int:
+    """A power of two that all rows' starts and ends are multiples of, in elements.
+
+    Triton itself sees only whether a number is a multiple of 16; 1000 classes are one of 8.
+    """
+    x, t = call.axis, _probability_axis(call)
+    if x.class_stride != 1:
+        return 1
+    strides = (x.inner_stride, x.outer_stride, t.inner_stride, t.outer_stride)
+    return math.gcd(16, x.classes, *strides)
+
+
+def _numbers(call: _Call) -> tuple[float, float]:
+    dtype = compute_dtype(call.input.dtype)
+    return number(call.kept, dtype), number(call.smooth, dtype)
+
+
+def _probability_axis(call: _Call) -> ClassAxis:
+    axis = call.axis if call.probability is None else class_axis(call.probability)
+    assert axis is not None
+    return axis
+
+
+def _split_statistics(call: _Call, cut: Tiling) -> Kept:
+    """Line by line, those of each split."""
+    room = call.positions * cut.splits
+    tops, totals = (reduction.empty_partials(room, call.input) for _ in range(2))
+    masses = None if call.probability is None else torch.empty_like(tops)
+    launch(
+        row_statistics, (-(-call.positions // cut.rows), cut.splits), call.input.device,
+        cut.threads, call.input, call.probability, call.weight, tops, totals, masses,
+        call.positions, cut.span, call.axis, _probability_axis(call), *_numbers(call),
+        **_constants(call, cut),
+    )  # fmt: skip
+    return Kept(tops, totals, masses, None)
+
+
+def _run(
+    call: _Call,
+    cut: Tiling,
+    kept: Kept | None,
+    given: bool,
+    grad: torch.Tensor | None = None,
+    losses: torch.Tensor | None = None,
+    partials: torch.Tensor | None = None,
+    grad_output: torch.Tensor | None = None,
+    ready: bool = False,
+) -> None:
+    """Launch the kernel over all positions; see there."""
+    tops, totals, masses, target_masses = kept or (None,) * 4
+    lines = tops.numel() // max(call.positions, 1) if given and tops is not None else 1
+    g = dense_axis(call.axis)
+    launch(
+        softmax_rows, (-(-call.positions // cut.rows), cut.splits), call.input.device,
+        cut.threads, call.input, call.target, call.probability, call.weight, call.weight_sum,
+        tops, totals, masses, lines, target_masses,
+        0 if target_masses is None else target_masses.numel(),
+        call.positions if call.reduction == "mean" else None, grad_output, losses, partials, grad,
+        call.positions, cut.span, call.ignore_index, call.axis, _probability_axis(call), g,
+        *_numbers(call), GIVEN=given, READY=ready,
+        PER_ROW=call.reduction == "none", G_UNIT=g.class_stride == 1, SINGLE=cut.single,
+        LINES=triton.next_power_of_2(lines), **_constants(call, cut),
+    )  # fmt: skip
+
+
+def _empty_gradient(call: _Call) -> torch.Tensor:
+    flat = call.input.new_empty(call.input.numel())
+    return view_along(flat, call.input.shape, call.axis)
+
+
+def _recomputes(options: hyper.Loss, input: torch.Tensor) -> bool:
+    return options.reduction == "none" or input.dtype == torch.float16
+
+
+def forward(
+    options: hyper.Loss, tensors: tuple[torch.Tensor | None, ...], needs: tuple[bool, ...]
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...] | None, Kept | None]:
+    """The loss, and its gradients for a grad_output of 1 or None."""
+    call = _prepare(options, tensors)
+    input, device = call.input, call.input.device
+    cut = tiling(call.axis, input.itemsize, hardware(device))
+    split = cut.splits > 1
+    kept = None
+    if split:
+        kept = _split_statistics(call, cut)
+    elif needs[0]:
+        tops, totals = (reduction.empty_partials(call.positions, input) for _ in range(2))
+        masses = None if call.probability is None else torch.empty_like(tops)
+        kept = Kept(tops, totals, masses, None)
+    target_masses = _target_masses(call)
+    if kept is not None:
+        kept = kept._replace(target_masses=target_masses)
+    grad = None
+    if needs[0] and not _recomputes(options, input):
+        grad = _empty_gradient(call)
+    shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()
+    if options.reduction == "none":
+        losses = input.new_empty(shape, dtype=options.dtype)
+        lines = reduction.empty_partials(cut.splits * call.positions, input) if split else losses
+        _run(call, cut, kept, split, losses=lines)
+        if split:
+            torch.sum(lines.view(cut.splits, *shape), 0, out=losses)
+        return losses, None, kept
+    blocks = -(-call.positions // cut.rows) * cut.splits
+    partials = reduction.empty_partials(blocks, input)
+    _run(call, cut, kept, split, grad, partials=partials)
+    divisor = call.positions if options.reduction == "mean" else None
+    loss = reduction.reduce(partials, options.dtype, target_masses, divisor)
+    return loss, None if grad is None else (grad, None, None), kept
+
+
+def backward(
+    options: hyper.Loss,
+    tensors: tuple[torch.Tensor | None, ...],
+    grads: tuple[torch.Tensor | None, ...] | None,
+    kept: Kept,
+    grad_output: torch.Tensor,
+    needs: tuple[bool, ...],
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients for any grad_output; those for 1 stay as they are."""
+    call = _prepare(options, tensors)
+    cut = tiling(call.axis, call.input.itemsize, hardware(call.input.device), twice=False)
+    grad = grads[0] if grads else _empty_gradient(call)
+    _run(
+        call, cut, kept, True, grad, grad_output=grad_output.contiguous(), ready=grads is not None
+    )  # fmt: skip
+    return grad, None, None
+
+
+def describe(options: hyper.Loss, tensors: tuple[torch.Tensor | None, ...]) -> str:
+    """How a call runs, in words."""
+    call = _prepare(options, tensors)
+    cut = tiling(call.axis, call.input.itemsize, hardware(call.input.device))
+    if cut.single:
+        rows = f"{cut.rows} whole rows a program, read once"
+    elif cut.splits == 1:
+        rows = f"{cut.rows} rows a program, read twice in tiles of {cut.columns} classes"
+    else:
+        rows = f"rows split over {cut.splits} programs of {cut.span} classes"
+    when = "recomputed in backward" if _recomputes(options, call.input) else "in the forward pass"
+    return f"softmax, {rows}, {cut.threads} threads; gradient {when}"

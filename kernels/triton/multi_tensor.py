@@ -1,0 +1,142 @@
+"""One optimizer update over all tensors of a bucket, in one launch.
+
+A program updates one block of one tensor, which it looks up in tables on the device; how many
+tensors there are, how large or in which parameter group, makes no difference. The tables are
+uploaded when they change, which with gradients that stay where they are is never. Ahead of it
+a launch of one thread a tensor computes what does not depend on the element, in float64 as
+torch does on the host: at every step where it depends on the step, else when it changes.
+
+Bytes per element are those of the slots and the gradient, each read once and each slot written
+once: Adam in float32 28, in bfloat16 14. A GradScaler's scale is taken along, where torch
+rewrites the gradients (4 more).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+
+from ..tables import Launch, Tables
+from .compiler import TYPES, compute_dtype, launch
+from .device_table import DeviceTable, capturing, current_stream, keep_for_graph
+from .formulas import CONSTANTS, UPDATE, unchanged
+from .updates import ALIGNED, COUNT, FIRST, derive, update_blocks
+
+THREADS = 128
+
+
+def block_size(dtype: torch.dtype) -> int:
+    """8 elements a thread: one or two 16-byte loads of each of up to five tensors under way.
+
+    Of float64, whose numbers take two registers each, half as many.
+    """
+    return THREADS * (4 if dtype == torch.float64 else 8)
+
+
+class Update:
+    """The launches of one bucket, bound to its tables."""
+
+    def __init__(self, record: Any, dtypes: tuple[torch.dtype | None, ...], tables: Tables) -> None:
+        self._tables = tables
+        self._dtypes = tuple(None if d is None else TYPES[d] for d in dtypes)
+        self._used = [k for k, d in enumerate(dtypes) if d is not None]
+        self._compute = compute_dtype(dtypes[0])  # type: ignore[arg-type]
+        self._block = block_size(dtypes[0])  # type: ignore[arg-type]
+        self._update = UPDATE[record]
+        self._constants_of, self._fields = CONSTANTS.get(record, (unchanged, len(record._fields)))
+        # Every line of addresses, and for each tensor how many elements it has, its first block,
+        # and whether all of its addresses are multiples of 16 bytes.
+        self._lines = np.zeros((len(dtypes) + 3, len(tables.row_of)), np.int64)
+        self._per_step = record in CONSTANTS
+        self._bind()
+
+    def _bind(self) -> None:
+        """Make the tables on the device. Memory belongs to the stream that it is taken on."""
+        t = self._tables
+        sizes = np.diff(t.offsets)
+        blocks = -(-sizes // self._block)
+        self._blocks = int(blocks.sum())
+        self._lines[len(self._dtypes) + COUNT] = sizes
+        self._lines[len(self._dtypes) + FIRST] = np.cumsum(blocks) - blocks
+        tensor_of = np.repeat(np.arange(len(blocks), dtype=np.int32), blocks)
+        self._table, self._tensor_of, self._row_of, self._hypers, self._behind = (
+            DeviceTable(host, t.device)
+            for host in (self._lines, tensor_of, t.row_of, t.hypers, np.zeros(len(blocks)))
+        )
+        double = self._compute == tl.float64
+        self._constants = torch.empty(
+            (self._fields, len(blocks)),
+            dtype=torch.float64 if double else torch.float32,
+            device=t.device,
+        )
+        self._stream = current_stream(t.device)
+
+    def __call__(self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
+        t = self._tables
+        if capturing(t.device):
+            keep_for_graph(self._constants)
+        elif current_stream(t.device) != self._stream:
+            self._bind()
+        addresses = len(t.addresses)
+        self._lines[:addresses] = t.addresses
+        aligned = np.bitwise_or.reduce(t.addresses[self._used]) % 16 == 0
+        self._lines[addresses + ALIGNED] = aligned
+        grad_scale, found_inf = (
+            None if x is None else x.to(t.device, non_blocking=True)
+            for x in (grad_scale, found_inf)
+        )
+        self._derive(found_inf)
+        launch(
+            update_blocks, (self._blocks,), t.device, THREADS, self._table.current(),
+            self._tensor_of.current(), self._constants, len(t.row_of), grad_scale, found_inf,
+            DTYPES=self._dtypes, USES=self._dtypes[1:-1], FORMULA=self._update, FIELDS=self._fields,
+            COMPUTE=self._compute, BLOCK=self._block,
+        )  # fmt: skip
+
+    def _derive(self, found_inf: torch.Tensor | None) -> None:
+        """Bring the constants up to date, and count the step."""
+        t = self._tables
+        steps = behind = step = None
+        if t.counters is not None and t.counted_on_device:
+            steps = t.counters
+        elif t.counters is not None:
+            counts = t.counters.numpy()
+            if self._per_step:
+                step = float(counts.max()) + 1.0
+                self._behind.host[:] = counts.max() - counts
+                behind = self._behind.current()
+            counts += 1 if found_inf is None else found_inf.item() == 0
+        uploads, hypers = self._hypers.uploads, self._hypers.current()
+        for row, field, value in t.traced:
+            hypers[row, field].copy_(value.reshape(()))
+        changed = uploads != self._hypers.uploads or bool(t.traced)
+        if steps is None and not self._per_step and not changed:
+            return
+        launch(
+            derive, (-(-len(t.row_of) // 128),), t.device, 128, hypers, self._row_of.current(),
+            steps, behind, step, found_inf, self._constants, len(t.row_of),
+            FORMULA=self._constants_of, FIELDS=t.hypers.shape[1], COMPUTE=self._compute, BLOCK=128,
+        )  # fmt: skip
+
+
+@functools.cache
+def launcher(
+    record: type,
+    slots: tuple[torch.dtype | None, ...],
+    grad: torch.dtype,
+    step: torch.dtype | None,
+) -> Callable[[Tables], Launch]:
+    """The update for one kind of bucket, to be bound to a bucket's tables.
+
+    Args:
+        record: type of the hyperparameter record.
+        slots: dtypes of the parameter and of each state, None for an unused state.
+        grad: dtype of the gradients.
+        step: dtype of the step counters, or None.
+    """
+    return functools.partial(Update, record, (*slots, grad))

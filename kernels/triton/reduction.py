@@ -1,0 +1,57 @@
+"""The last stage of every reduction: one program, one order, the same bits every time."""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+
+from .compiler import device_function, kernel, launch
+
+BLOCK = 2048
+
+
+@device_function
+def sum_all(numbers, count, BLOCK: tl.constexpr):
+    """Sum of `count` numbers, in an order that depends on their count alone."""
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], numbers.dtype.element_ty)
+    for begin in range(0, count, BLOCK):
+        total += tl.load(numbers + begin + lanes, mask=begin + lanes < count, other=0.0)
+    return tl.sum(total)
+
+
+@kernel
+def finish(partials, count, masses, mass_count, divisor, loss, BLOCK: tl.constexpr):
+    """loss = the sum of the partial sums over the sum of the masses, or over divisor."""
+    total = sum_all(partials, count, BLOCK)
+    if masses is not None:
+        total /= sum_all(masses, mass_count, BLOCK)
+    elif divisor is not None:
+        total /= tl.cast(divisor, total.dtype)
+    tl.store(loss, total)
+
+
+def reduce(
+    partials: torch.Tensor,
+    dtype: torch.dtype,
+    masses: torch.Tensor | None = None,
+    divisor: int | None = None,
+) -> torch.Tensor:
+    """A 0-d tensor: the sum of partials over that of masses, or over divisor, or as it is."""
+    loss = torch.empty((), dtype=dtype, device=partials.device)
+    mass_count = 0 if masses is None else masses.numel()
+    launch(
+        finish, (1,), partials.device, 512, partials, partials.numel(), masses, mass_count,
+        divisor, loss, BLOCK=BLOCK,
+    )  # fmt: skip
+    return loss
+
+
+def partial_dtype(dtype: torch.dtype) -> torch.dtype:
+    """That of partial sums over tensors of a dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_partials(count: int, like: torch.Tensor) -> torch.Tensor:
+    """Uninitialised room for partial sums over `like`."""
+    return like.new_empty(count, dtype=partial_dtype(like.dtype))

@@ -1,0 +1,306 @@
+"""The traversal of cross-entropy: tiles of ROWS positions by COLUMNS classes.
+
+One kernel serves every layout. Where classes lie side by side a program takes one long row
+or several short ones; where positions do, many positions and a few classes at a time.
+Names of strides: x is the logits' ClassAxis, g the gradient's, t the probabilities'. STEP is a
+power of two that all rows' starts and ends are known to be multiples of.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from .compiler import as_number, device_function, kernel
+from .reduction import sum_all
+
+
+@device_function
+def row_starts(row, axis, FLAT: tl.constexpr, STEP: tl.constexpr):
+    """Where each position's first class lies."""
+    if FLAT:
+        starts = row.to(tl.int64) * axis.inner_stride
+    else:
+        outer, inner = (row // axis.inner).to(tl.int64), (row % axis.inner).to(tl.int64)
+        starts = outer * axis.outer_stride + inner * axis.inner_stride
+    if STEP > 1:  # to say 1 would make the compiler forget what it has found out itself
+        starts = tl.multiple_of(starts, STEP)
+    return starts
+
+
+@device_function
+def tile(tensor, starts, column, axis, UNIT: tl.constexpr):
+    """Pointers to the classes `column` of the positions that begin at `starts`."""
+    if UNIT:
+        return (tensor + starts)[:, None] + column[None, :]
+    else:
+        return (tensor + starts)[:, None] + (column.to(tl.int64) * axis.class_stride)[None, :]
+
+
+@device_function
+def join(top, total, axis: tl.constexpr):
+    """The largest of several tops, and their totals relative to it, summed."""
+    joint = tl.max(top, axis)
+    return joint, tl.sum(total * tl.exp(top - tl.expand_dims(joint, axis)), axis)
+
+
+@device_function
+def soft_target(
+    probability, weight, starts, column, mask, t, kept, smooth, COMPUTE: tl.constexpr,
+    SMOOTH: tl.constexpr,
+):  # fmt: skip
+    """The coefficients of a tile but for the one that a class index puts on top."""
+    share = tl.zeros(mask.shape, COMPUTE)
+    if SMOOTH:
+        share += smooth
+    if probability is not None:
+        places = tile(probability, starts, column, t, True)
+        share += kept * tl.load(places, mask=mask, other=0.0).to(COMPUTE)
+    if weight is not None:
+        inside = column < t.classes
+        share *= tl.load(weight + column, mask=inside, other=0.0).to(COMPUTE)[None, :]
+    return tl.where(mask, share, 0.0)
+
+
+@device_function
+def statistics(
+    input, probability, weight, starts, t_starts, inside, begin, end, x, t, kept, smooth,
+    COMPUTE: tl.constexpr, SMOOTH: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, LOWEST: tl.constexpr,
+):  # fmt: skip
+    """Of classes begin to end: the largest logit, the sum of exponentials relative to it,
+    and the mass of probabilities.
+
+    Each lane of the tile keeps its own, so that nothing is exchanged between threads until
+    the end, and one exponential an element is enough: of -|difference|, whichever way the
+    largest moves. It starts from the lowest finite number, because inf - inf is NaN.
+    """
+    top = tl.full([ROWS, COLUMNS], LOWEST, COMPUTE)
+    total = tl.zeros([ROWS, COLUMNS], COMPUTE)
+    mass = tl.zeros([ROWS, COLUMNS], COMPUTE)
+    for start in range(begin, end, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        mask = inside[:, None] & (column < end)[None, :]
+        places = tile(input, starts, column, x, UNIT)
+        value = tl.load(places, mask=mask, other=-float("inf")).to(COMPUTE)
+        difference = value - top
+        factor = tl.exp(-tl.abs(difference))
+        rises = difference > 0
+        total = tl.where(rises, total * factor + 1.0, total + factor)
+        top = tl.where(rises, value, top)
+        if probability is not None:
+            mass += soft_target(
+                probability, weight, t_starts, column, mask, t, kept, smooth, COMPUTE, SMOOTH
+            )
+    row_top, row_total = join(top, total, 1)
+    return row_top, row_total, tl.sum(mass, 1)
+
+
+@kernel
+def row_statistics(
+    input, probability, weight, tops, totals, masses, rows, span, x, t, kept, smooth,
+    COMPUTE: tl.constexpr, SMOOTH: tl.constexpr, FLAT: tl.constexpr, UNIT: tl.constexpr,
+    WIDE: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    LOWEST: tl.constexpr,
+):  # fmt: skip
+    """The statistics of `span` classes of some positions, into line program_id(1)."""
+    kept, smooth = as_number(kept, COMPUTE), as_number(smooth, COMPUTE)
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    row = program * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    begin = tl.program_id(1) * span
+    end = tl.minimum(begin + span, x.classes)
+    if STEP > 1:
+        end = tl.multiple_of(end, STEP)
+    starts, t_starts = row_starts(row, x, FLAT, STEP), row_starts(row, t, FLAT, STEP)
+    top, total, mass = statistics(
+        input, probability, weight, starts, t_starts, inside, begin, end, x, t, kept, smooth,
+        COMPUTE, SMOOTH, UNIT, ROWS, COLUMNS, LOWEST,
+    )  # fmt: skip
+    place = tl.program_id(1) * rows + row
+    tl.store(tops + place, top, mask=inside)
+    tl.store(totals + place, total, mask=inside)
+    if masses is not None:
+        tl.store(masses + place, mass, mask=inside)
+
+
+@kernel
+def softmax_rows(
+    input, target, probability, weight, weight_sum, tops, totals, masses, lines, target_masses,
+    target_mass_count, divisor, grad_output, losses, partials, grad, rows, span, ignore_index,
+    x, t, g, kept, smooth,
+    COMPUTE: tl.constexpr, SMOOTH: tl.constexpr, GIVEN: tl.constexpr, READY: tl.constexpr,
+    PER_ROW: tl.constexpr, FLAT: tl.constexpr, UNIT: tl.constexpr, G_UNIT: tl.constexpr,
+    WIDE: tl.constexpr, SINGLE: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, LINES: tl.constexpr, LOWEST: tl.constexpr,
+):  # fmt: skip
+    """Losses and gradient of `span` classes of some positions, each if wanted.
+
+    tops, totals, masses: the rows' statistics. GIVEN: to be read, `lines` lines of them (from
+    each span of classes); else to be written. READY: the gradient is there already, if
+    grad_output is 1. PER_ROW: grad_output is.
+    SINGLE: COLUMNS holds a whole row, which is read once and stays in registers.
+    """
+    kept, smooth = as_number(kept, COMPUTE), as_number(smooth, COMPUTE)
+    if READY:
+        if tl.load(grad_output) == 1.0:
+            return
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    row = program * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    begin = tl.program_id(1) * span
+    end = tl.minimum(begin + span, x.classes)
+    if STEP > 1:
+        end = tl.multiple_of(end, STEP)
+    starts, t_starts = row_starts(row, x, FLAT, STEP), row_starts(row, t, FLAT, STEP)
+    column = tl.arange(0, COLUMNS)
+
+    # The rows' targets: a class index puts `hard` on its class; `soft` is the mass of the rest.
+    counts = inside
+    soft = tl.zeros([ROWS], COMPUTE)
+    if SMOOTH and probability is None:
+        if weight is not None:
+            soft += smooth * tl.load(weight_sum).to(COMPUTE)
+        else:
+            soft += smooth * tl.cast(x.classes, COMPUTE)
+    if target is not None:
+        label = tl.load(target + row, mask=inside, other=0).to(tl.int64)
+        counts = inside & (label != ignore_index)
+        valid = (label >= 0) & (label < x.classes)
+        tl.device_assert(valid | (label == ignore_index), "Target is out of bounds")
+        # Where asserts are not compiled, at least NaN and no access out of bounds.
+        label = tl.where(valid, label, 0)
+        hard = tl.where(valid, kept, float("nan"))
+        if weight is not None:
+            hard *= tl.load(weight + label).to(COMPUTE)
+
+    # The rows' statistics.
+    if SINGLE:
+        mask = inside[:, None] & (column < end)[None, :]
+        places = tile(input, starts, column, x, UNIT)
+        value = tl.load(places, mask=mask, other=-float("inf")).to(COMPUTE)
+        if probability is not None:
+            soft = tl.sum(
+                soft_target(
+                    probability, weight, t_starts, column, mask, t, kept, smooth, COMPUTE, SMOOTH
+                ),
+                1,
+            )
+    if GIVEN:
+        line = tl.arange(0, LINES)
+        lane = (line < lines)[:, None] & inside[None, :]
+        place = (line * rows)[:, None] + row[None, :]
+        top = tl.load(tops + place, mask=lane, other=LOWEST)
+        top, total = join(top, tl.load(totals + place, mask=lane, other=0.0), 0)
+        if masses is not None:
+            soft = tl.sum(tl.load(masses + place, mask=lane, other=0.0), 0)
+    else:
+        if SINGLE:
+            top = tl.maximum(tl.max(value, 1), LOWEST)
+            total = tl.sum(tl.exp(value - top[:, None]), 1)
+        else:
+            top, total, mass = statistics(
+                input, probability, weight, starts, t_starts, inside, begin, end, x, t, kept,
+                smooth, COMPUTE, SMOOTH, UNIT, ROWS, COLUMNS, LOWEST,
+            )  # fmt: skip
+            if probability is not None:
+                soft = mass
+        if tops is not None:
+            tl.store(tops + row, top, mask=inside)
+            tl.store(totals + row, total, mask=inside)
+            if masses is not None:
+                tl.store(masses + row, soft, mask=inside)
+    log_total = tl.log(total)
+    inverse_total = 1.0 / total
+
+    scale = tl.full([ROWS], 1.0, COMPUTE)
+    if grad_output is not None:
+        if PER_ROW:
+            scale = tl.load(grad_output + row, mask=inside, other=0.0).to(COMPUTE)
+        else:
+            scale *= tl.load(grad_output).to(COMPUTE)
+    if target_masses is not None:
+        scale /= sum_all(target_masses, target_mass_count, 128)
+    elif divisor is not None:
+        scale /= tl.cast(divisor, COMPUTE)
+
+    mass = soft
+    if target is not None:
+        mass += hard
+    scale = tl.where(counts, scale, 0.0)
+
+    # The gradient, and the soft targets' part of the loss: last tiles first, which the first
+    # pass has left in the cache.
+    dot = tl.zeros([ROWS], COMPUTE)
+    if grad is not None or probability is not None or SMOOTH:
+        if grad is not None:
+            g_starts = row_starts(row, g, FLAT, STEP)
+        tiles = 1 if SINGLE else tl.cdiv(end - begin, COLUMNS)
+        for back in range(0, tiles):
+            if SINGLE:
+                here, valid_here, difference = column, mask, value - top[:, None]
+            else:
+                here = begin + (tiles - 1 - back) * COLUMNS + column
+                valid_here = inside[:, None] & (here < end)[None, :]
+                places = tile(input, starts, here, x, UNIT)
+                logits = tl.load(places, mask=valid_here, other=-float("inf")).to(COMPUTE)
+                difference = logits - top[:, None]
+            if probability is not None or SMOOTH:
+                share = soft_target(
+                    probability, weight, t_starts, here, valid_here, t, kept, smooth, COMPUTE,
+                    SMOOTH,
+                )  # fmt: skip
+                dot += tl.sum(tl.where(valid_here, share * difference, 0.0), 1)
+            if grad is not None:
+                slope = mass[:, None] * (tl.exp(difference) * inverse_total[:, None])
+                if probability is not None or SMOOTH:
+                    slope -= share
+                if target is not None:
+                    slope -= tl.where(here[None, :] == label[:, None], hard[:, None], 0.0)
+                # Of a row that does not count the gradient is 0, whatever its logits are.
+                slope = tl.where(counts[:, None], slope * scale[:, None], 0.0)
+                tl.store(tile(grad, g_starts, here, g, G_UNIT), slope, mask=valid_here)
+
+    if losses is not None or partials is not None:
+        loss = -dot
+        if probability is not None or SMOOTH:
+            loss += tl.where(tl.program_id(1) == 0, soft * log_total, 0.0)
+        if target is not None:
+            if UNIT:
+                logit = tl.load(input + starts + label, mask=inside, other=0.0).to(COMPUTE)
+            else:
+                place = starts + label * x.class_stride
+                logit = tl.load(input + place, mask=inside, other=0.0).to(COMPUTE)
+            own = hard * (log_total - (logit - top))
+            loss += tl.where(tl.program_id(1) == 0, own, 0.0)
+        loss = tl.where(counts, loss, 0.0)
+        if losses is not None:
+            tl.store(losses + tl.program_id(1) * rows + row, loss, mask=inside)
+        if partials is not None:
+            partial = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+            tl.store(partials + partial, tl.sum(loss))
+
+
+@kernel
+def target_mass(
+    target, weight, masses, rows, span, classes, ignore_index, COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Into masses[program]: how many of `span` positions count, or the sum of their weights."""
+    begin = tl.program_id(0).to(tl.int64) * span
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], COMPUTE)
+    for start in range(begin, tl.minimum(begin + span, rows), BLOCK):
+        row = start + lanes
+        inside = (row < rows) & (row < begin + span)
+        label = tl.load(target + row, mask=inside, other=0).to(tl.int64)
+        counts = inside & (label != ignore_index)
+        if weight is not None:
+            counts &= (label >= 0) & (label < classes)
+            total += tl.load(weight + label, mask=counts, other=0.0).to(COMPUTE)
+        else:
+            total += counts.to(COMPUTE)
+    tl.store(masses + tl.program_id(0), tl.sum(total))

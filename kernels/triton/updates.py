@@ -1,0 +1,119 @@
+"""The traversal of an optimizer's tensors: a block of one tensor a program.
+
+A table on the device has a line of int64 for each slot (the addresses of the parameters and of
+each state), one for the gradients' addresses, and the three below, each with an entry for
+every tensor.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from .compiler import device_function, kernel
+
+#: Lines after the addresses: elements, first block, whether all addresses are multiples of 16.
+COUNT, FIRST, ALIGNED = range(3)
+
+
+@device_function
+def entries(table, place, stride, COUNT: tl.constexpr):
+    """A tuple of the numbers at place, place + stride, …"""
+    values = ()
+    for k in tl.static_range(COUNT):
+        values = values + (tl.load(table + k * stride + place),)
+    return values
+
+
+@kernel
+def derive(
+    hypers, row_of, steps, behind, step, found_inf, constants, tensors, FORMULA: tl.constexpr,
+    FIELDS: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The constants of each tensor at this step, and counters on the device one further.
+
+    steps: the counters; or, where they are on the host, step is the largest of their new
+    values, and behind how many each is behind.
+    """
+    tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = tensor < tensors
+    values = ()
+    row = tl.load(row_of + tensor, mask=inside, other=0)
+    for k in tl.static_range(FIELDS):
+        values = values + (tl.load(hypers + row * FIELDS + k),)
+    if steps is not None:
+        count = tl.load(steps + tensor, mask=inside, other=0.0)
+        done = count + 1
+        if found_inf is not None:
+            done = tl.where(tl.load(found_inf) == 0, done, count)
+        tl.store(steps + tensor, done, mask=inside)
+        now = count.to(tl.float64) + 1
+    elif behind is not None:
+        now = tl.cast(step, tl.float64) - tl.load(behind + tensor, mask=inside, other=0.0)
+    else:
+        now = tl.zeros([BLOCK], tl.float64)
+    values = FORMULA(values, now)
+    for k in tl.static_range(len(values)):
+        tl.store(constants + k * tensors + tensor, values[k].to(COMPUTE), mask=inside)
+
+
+@device_function
+def update_block(
+    table, tensor, tensors, offset, mask, values, scale, DTYPES: tl.constexpr,
+    USES: tl.constexpr, FORMULA: tl.constexpr, COMPUTE: tl.constexpr, VECTORS: tl.constexpr,
+):  # fmt: skip
+    """Update the elements `offset` of one tensor. VECTORS: all addresses are multiples of 16."""
+    slots = ()
+    for k in tl.static_range(len(DTYPES)):
+        if DTYPES[k] is not None:
+            start = tl.load(table + k * tensors + tensor).to(tl.pointer_type(DTYPES[k]))
+            if VECTORS:
+                start = tl.multiple_of(start, 16)
+            slots = slots + (tl.load(start + offset, mask=mask).to(COMPUTE),)
+        else:
+            slots = slots + (slots[0],)
+    grad = slots[len(DTYPES) - 1]
+    if scale is not None:
+        grad *= scale
+    param, states = FORMULA(values, slots[0], grad, slots[1 : len(DTYPES) - 1], USES)
+    new = (param,) + states
+    for k in tl.static_range(len(DTYPES) - 1):
+        if DTYPES[k] is not None:
+            start = tl.load(table + k * tensors + tensor).to(tl.pointer_type(DTYPES[k]))
+            if VECTORS:
+                start = tl.multiple_of(start, 16)
+            tl.store(start + offset, new[k], mask=mask)
+
+
+@kernel
+def update_blocks(
+    table, tensor_of, constants, tensors, grad_scale, found_inf, DTYPES: tl.constexpr,
+    USES: tl.constexpr, FORMULA: tl.constexpr, FIELDS: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Update one block. DTYPES: of the parameter, each state (None: unused), the gradient.
+
+    USES: those of the states alone. (A compile-time tuple can't be sliced in Triton 3.6.)
+    """
+    if found_inf is not None:
+        if tl.load(found_inf) != 0:
+            return
+    scale = None
+    if grad_scale is not None:
+        scale = 1.0 / tl.load(grad_scale).to(COMPUTE)
+    program = tl.program_id(0)
+    tensor = tl.load(tensor_of + program)
+    rest = table + len(DTYPES) * tensors + tensor
+    count, first, aligned = entries(rest, 0, tensors, 3)
+    values = entries(constants, tensor, tensors, FIELDS)
+    begin = (program - first) * BLOCK
+    offset = begin + tl.arange(0, BLOCK)
+    if (begin + BLOCK <= count) & (aligned != 0):
+        update_block(
+            table, tensor, tensors, offset, None, values, scale, DTYPES, USES, FORMULA, COMPUTE,
+            True,
+        )  # fmt: skip
+    else:
+        update_block(
+            table, tensor, tensors, offset, offset < count, values, scale, DTYPES, USES, FORMULA,
+            COMPUTE, False,
+        )  # fmt: skip
