@@ -3,14 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+KERNEL_TESTS := $(addprefix tests/test_,losses.py loss_contract.py optimizers.py \
+	optimizer_contract.py triton.py)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test gpu-check bench lint clean
 
 demo: $(STAMP)  ## train a language model with torch and with fastopt, side by side
 	$(BIN)/python bench/train.py $(ARGS)
 
-test: $(STAMP) lint  ## style, types, and every test
+test: $(STAMP) lint  ## style, types, and every test, those of the kernels on Triton's interpreter too
 	$(BIN)/python -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(ARGS) $(KERNEL_TESTS)
+
+gpu-check:  ## on a machine with a GPU: its tests and its benchmark, into one file; installs nothing
+	$(PYTHON) bench/gpu_check.py $(ARGS)
 
 bench: $(STAMP)  ## every loss and optimizer against torch
 	$(BIN)/python bench/run.py $(ARGS)

@@ -65,11 +65,17 @@ class Rule(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """A way to compute: its name, the module with its launchers, its rules."""
+    """A way to compute: its name, the module with its launchers, its rules.
+
+    Attributes:
+        variants: whether the module says how it runs a call, with `describe` for a loss and
+            `describe_step` for an optimizer's bucket.
+    """
 
     name: str
     module: str
     rules: tuple[Rule, ...]
+    variants: bool = False
 
     def refusals(self, request: Request) -> tuple[str, ...]:
         """Every reason why this backend can't (or, unless insisted on, shouldn't) serve."""
@@ -81,11 +87,19 @@ class Backend(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """The outcome for one request; ``str`` of it is what :func:`fastopt.explain` prints."""
+    """The outcome for one request; ``str`` of it is what :func:`fastopt.explain` prints.
+
+    Attributes:
+        request: what was asked.
+        backend: the one that serves it.
+        refusals: for every other backend its reasons.
+        variant: how the backend runs the call, where it has several ways and was asked.
+    """
 
     request: Request
     backend: str
     refusals: Mapping[str, tuple[str, ...]]
+    variant: str = ""
 
     @property
     def insisted(self) -> str | None:
@@ -99,6 +113,8 @@ class Decision(NamedTuple):
         if r.insisted:
             head += " (insisted on with use_backend)"
         lines = [head]
+        if self.variant:
+            lines.append(f"  {self.backend}: {self.variant}")
         for name, reasons in self.refusals.items():
             lines += [f"  not {name}: {reason}" for reason in reasons]
         return "\n".join(lines)
@@ -213,7 +229,16 @@ _NUMBA = Backend(
 
 # -- the triton backend: GPU ---------------------------------------------------------
 
+_ACCELERATORS = ("cuda", "xpu")
 _MINIMUM_CAPABILITY = (8, 0)
+_MINIMUM_TRITON = (3, 6)
+
+
+@functools.cache
+def _triton_version() -> tuple[int, ...]:
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 @functools.cache
@@ -226,23 +251,32 @@ def _interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+def _wants_interpreter(r: Request) -> bool:
+    # It is for tests: only who insists on it gets it, and only then is triton imported.
+    return r.device == "cpu" and r.insisted == "triton"
+
+
 _TRITON = Backend(
     "triton",
     "fastopt.kernels.triton",
     (
         Rule(
-            # The interpreter is for tests: only who insists on it gets it.
+            lambda r: r.device in _ACCELERATORS or (_wants_interpreter(r) and _interpreted()),
             lambda r: (
-                r.device in ("cuda", "xpu")
-                or (r.device == "cpu" and r.insisted == "triton" and _interpreted())
-            ),
-            lambda r: (
-                f"device={r.device} (supported: cuda, xpu, and with TRITON_INTERPRET=1 cpu if "
-                "insisted on)"
+                f"device={r.device} (supported: {', '.join(_ACCELERATORS)})"
+                + (", or with TRITON_INTERPRET=1 if insisted on" if r.device == "cpu" else "")
             ),
         ),
         *_COMMON,
         _installed("triton"),
+        Rule(
+            lambda r: (
+                not (r.device in _ACCELERATORS or _wants_interpreter(r))
+                or not _found("triton")
+                or _triton_version() >= _MINIMUM_TRITON
+            ),
+            lambda r: f"triton {_triton_version()} (supported: {_MINIMUM_TRITON} and newer)",
+        ),
         Rule(
             lambda r: r.capability is None or r.capability >= _MINIMUM_CAPABILITY,
             lambda r: (
@@ -250,6 +284,7 @@ _TRITON = Backend(
             ),
         ),
     ),
+    variants=True,
 )
 
 _REFERENCE = Backend("reference", "fastopt.kernels.reference", ())
@@ -278,6 +313,14 @@ def choose(request: Request) -> Decision:
     if chosen is None:
         raise BackendUnavailable(Decision(request, "none", refusals))
     return Decision(request, chosen, refusals)
+
+
+def describe(decision: Decision, function: str, *arguments: object) -> Decision:
+    """The decision with its variant, by the backend's function of that name."""
+    if not BACKENDS[decision.backend].variants:
+        return decision
+    words = getattr(load(decision.backend), function)(*arguments)
+    return decision._replace(variant=words)
 
 
 @functools.cache

@@ -24,7 +24,10 @@ if INTERPRETED:  # not only for who insists on it
 
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("fuzz", deadline=None, print_blob=True, max_examples=5000)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+hypothesis.settings.register_profile("few", deadline=None, print_blob=True, max_examples=20)
+hypothesis.settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE", "few" if INTERPRETED else "default")
+)
 
 
 @pytest.fixture(autouse=True)

@@ -141,6 +141,17 @@ def test_missing_packages_and_features(monkeypatch: pytest.MonkeyPatch) -> None:
         assert choose(**changes).backend == "numba"
 
 
+def test_gpu_without_a_new_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu: dict[str, Any] = {"device": "cuda", "capability": (9, 0)}
+    monkeypatch.setattr(dispatch, "_triton_version", lambda: (3, 5))
+    decision = choose(**gpu)
+    assert decision.backend == "reference"
+    assert "triton (3, 5) (supported: (3, 6) and newer)" in decision.refusals["triton"]
+    monkeypatch.setattr(dispatch, "_found", lambda name: False)
+    reasons = choose(**gpu).refusals["triton"]
+    assert reasons == ("the package triton is not installed (pip install triton)",)
+
+
 def test_all_reasons_are_in_the_error() -> None:
     with pytest.raises(BackendUnavailable) as caught:
         choose(device="mps", dtypes=(torch.complex64,) * 2, special=("tracing",), insisted="numba")

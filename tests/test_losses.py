@@ -173,7 +173,8 @@ def test_extreme_logits(dtype: torch.dtype, classes: int, smoothing: float) -> N
     oracle = theirs.cross_entropy(double, t, reduction="none", label_smoothing=smoothing)
     (grad,) = torch.autograd.grad(mine, leaf, upstream.to(dtype))
     (grad_oracle,) = torch.autograd.grad(oracle, double, upstream.to(dtype).double())
-    rtol = 8 * torch.finfo(dtype).eps
+    # float64 is the oracle's own, which rounds as well
+    rtol = (16 if dtype == torch.float64 else 8) * torch.finfo(dtype).eps
     torch.testing.assert_close(mine, oracle.to(dtype), rtol=rtol, atol=rtol, equal_nan=True)
     torch.testing.assert_close(grad, grad_oracle.to(dtype), rtol=rtol, atol=rtol, equal_nan=True)
 

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BACKEND, FLOATS, OPTIMIZERS, SHAPES, OptimizerCase, assert_as_accurate
+from cases import (
+    BACKEND,
+    FLOATS,
+    LARGE,
+    OPTIMIZERS,
+    SHAPES,
+    OptimizerCase,
+    assert_as_accurate,
+)
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -314,7 +322,7 @@ class TestWhatChangesBetweenSteps:
         pair = Pair(case)
         set_grads(pair.mine, pair.torchs)
         for _, copies in pair.both():
-            copies[7].grad = torch.ones(40_003)
+            copies[7].grad = torch.ones(LARGE)
             copies[5].grad = copies[7].grad[:4099]
         pair.only_step()
         pair.only_step()

@@ -207,7 +207,8 @@ def loss_function(
             call = analyse(*args, **kwargs)
             if call is None:
                 raise TypeError("there is nothing to explain: arguments must be tensors")
-            return dispatch.choose(call.request)
+            decision = dispatch.choose(call.request)
+            return dispatch.describe(decision, "describe", call.options, call.tensors)
 
         function.decide = decide  # type: ignore[attr-defined]
         return function

@@ -9,11 +9,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .. import dispatch
 from ..dispatch import Decision
 from ._kinds import default_counter, shares
 from ._plan import StepPlan
 
 Group = dict[str, Any]
+
+# Counting on the host inside a CUDA graph would count once for all replays. Torch says so, in a
+# method that had another name before 2.10.
+_check_capture: Callable[[Optimizer], None] = (
+    getattr(Optimizer, "_accelerator_graph_capture_health_check", None)
+    or Optimizer._cuda_graph_capture_health_check
+)
 
 
 class PlannedStep(Optimizer):
@@ -74,6 +82,8 @@ class PlannedStep(Optimizer):
             BackendUnavailable: inside ``use_backend``, that backend can't serve every
                 parameter; nothing has been changed.
         """
+        if self._counts_steps:
+            _check_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -110,4 +120,9 @@ class PlannedStep(Optimizer):
             self.param_groups = groups
 
     def _decisions(self) -> tuple[Decision, ...]:
-        return tuple(share.decision for share in shares(self, without_grads=True))
+        return tuple(
+            dispatch.describe(
+                decision, "describe_step", kind.param, [m.param.numel() for m in members]
+            )
+            for kind, decision, members in shares(self, without_grads=True)
+        )

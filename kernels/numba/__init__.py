@@ -1,7 +1,7 @@
 """The CPU backend: Numba kernels, one parallel region a call.
 
-Importing this module imports numba. A backend offers `forward`, `backward`, `is_one` and
-`describe` for losses, `step_launcher` for optimizers, and `empty_cache`.
+Importing this module imports numba. A backend offers `forward`, `backward` and
+`is_one` for losses, `step_launcher` for optimizers, and `empty_cache`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from . import cross_entropy, pointwise
 from .memory import empty_cache
 from .multi_tensor import launcher as step_launcher
 
-__all__ = ["backward", "describe", "empty_cache", "forward", "is_one", "step_launcher"]
+__all__ = ["backward", "empty_cache", "forward", "is_one", "step_launcher"]
 
 Tensors = tuple[torch.Tensor | None, ...]
 
@@ -68,8 +68,3 @@ def backward(
 def is_one(grad_output: torch.Tensor) -> bool:
     """Whether grad_output is known to be 1, and gradients for that to be right as they are."""
     return grad_output.dim() == 0 and grad_output.item() == 1.0
-
-
-def describe(options: hyper.Loss, tensors: Tensors) -> str:
-    """How a call runs, in words."""
-    return f"{torch.get_num_threads()} threads at most"

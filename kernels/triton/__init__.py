@@ -2,7 +2,7 @@
 
 Importing this module imports triton. With TRITON_INTERPRET=1 in the environment the kernels
 run in Triton's interpreter, on CPU tensors, so that they can be tested without a GPU. What a
-backend offers is described in fastopt.kernels.numba.
+backend offers is described in fastopt.kernels.numba; this one also says how a call runs.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ import torch
 
 from .. import hyper
 from . import cross_entropy, pointwise
+from .multi_tensor import describe_step
 from .multi_tensor import launcher as step_launcher
 
-__all__ = ["backward", "describe", "empty_cache", "forward", "is_one", "step_launcher"]
+__all__ = [
+    "backward", "describe", "describe_step", "empty_cache", "forward", "is_one", "step_launcher",
+]  # fmt: skip
 
 Tensors = tuple[torch.Tensor | None, ...]
 

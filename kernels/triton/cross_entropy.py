@@ -87,10 +87,10 @@ def tiling(axis: ClassAxis, itemsize: int, machine: Hardware, twice: bool = True
     width = triton.next_power_of_2(classes)
     if axis.class_stride == 1:
         columns = min(width, LONGEST_TILE if width <= LONGEST_TILE else TILE)
-        in_flight = 4 * machine.processors * classes * itemsize  # at 4 programs a processor
+        in_flight = min(4 * machine.processors, positions) * classes * itemsize  # 4 a processor
         if width > LONGEST_TILE and twice and in_flight > machine.cache:
-            # So long that few rows may be under way at once, or the second reading would miss
-            # the cache: one program fills a processor.
+            # Fewer rows at once, or the second reading would miss the cache: one program fills
+            # a processor.
             columns = 2 * TILE
     else:
         columns = min(width, STRIDED_COLUMNS)
@@ -300,7 +300,7 @@ def forward(
         lines = reduction.empty_partials(cut.splits * call.positions, input) if split else losses
         _run(call, cut, kept, split, losses=lines)
         if split:
-            torch.sum(lines.view(cut.splits, *shape), 0, out=losses)
+            losses.copy_(lines.view(cut.splits, *shape).sum(0))
         return losses, None, kept
     blocks = -(-call.positions // cut.rows) * cut.splits
     partials = reduction.empty_partials(blocks, input)
@@ -330,13 +330,16 @@ def backward(
 
 def describe(options: hyper.Loss, tensors: tuple[torch.Tensor | None, ...]) -> str:
     """How a call runs, in words."""
-    call = _prepare(options, tensors)
-    cut = tiling(call.axis, call.input.itemsize, hardware(call.input.device))
+    input = tensors[0]
+    assert input is not None
+    axis = class_axis(input)
+    assert axis is not None
+    cut = tiling(axis, input.itemsize, hardware(input.device))
     if cut.single:
         rows = f"{cut.rows} whole rows a program, read once"
     elif cut.splits == 1:
         rows = f"{cut.rows} rows a program, read twice in tiles of {cut.columns} classes"
     else:
         rows = f"rows split over {cut.splits} programs of {cut.span} classes"
-    when = "recomputed in backward" if _recomputes(options, call.input) else "in the forward pass"
+    when = "recomputed in backward" if _recomputes(options, input) else "in the forward pass"
     return f"softmax, {rows}, {cut.threads} threads; gradient {when}"

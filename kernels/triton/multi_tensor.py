@@ -97,20 +97,20 @@ class Update:
             DTYPES=self._dtypes, USES=self._dtypes[1:-1], FORMULA=self._update, FIELDS=self._fields,
             COMPUTE=self._compute, BLOCK=self._block,
         )  # fmt: skip
+        if t.counters is not None and not t.counted_on_device:
+            t.counters.add_(1 if found_inf is None or found_inf.item() == 0 else 0)
 
     def _derive(self, found_inf: torch.Tensor | None) -> None:
-        """Bring the constants up to date, and count the step."""
+        """Bring the constants up to date, and counters on the device."""
         t = self._tables
         steps = behind = step = None
         if t.counters is not None and t.counted_on_device:
             steps = t.counters
-        elif t.counters is not None:
+        elif t.counters is not None and self._per_step:
             counts = t.counters.numpy()
-            if self._per_step:
-                step = float(counts.max()) + 1.0
-                self._behind.host[:] = counts.max() - counts
-                behind = self._behind.current()
-            counts += 1 if found_inf is None else found_inf.item() == 0
+            step = float(counts.max()) + 1.0
+            self._behind.host[:] = counts.max() - counts
+            behind = self._behind.current()
         uploads, hypers = self._hypers.uploads, self._hypers.current()
         for row, field, value in t.traced:
             hypers[row, field].copy_(value.reshape(()))
@@ -140,3 +140,13 @@ def launcher(
         step: dtype of the step counters, or None.
     """
     return functools.partial(Update, record, (*slots, grad))
+
+
+def describe_step(param: torch.dtype, sizes: list[int]) -> str:
+    """How a bucket runs, in words."""
+    block = block_size(param)
+    programs = sum(-(-size // block) for size in sizes)
+    return (
+        f"{len(sizes):,} tensors in one launch of {programs:,} programs, {block} elements and "
+        f"{THREADS} threads each"
+    )
