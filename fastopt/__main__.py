@@ -25,7 +25,10 @@ def main() -> int:
     for device in dict.fromkeys(name.split(":")[0] for name in _devices()):
         for operation in (*functional.__all__, *optim.__all__):
             dtypes = (torch.float32,) * 2
-            request = Request(operation, device, dtypes, max(CROSSOVER.values()))
+            capability = torch.cuda.get_device_capability() if device == "cuda" else None
+            request = Request(
+                operation, device, dtypes, max(CROSSOVER.values()), capability=capability
+            )
             print(f"  {operation} on {device}")
             for name, backend in BACKENDS.items():
                 reasons = backend.refusals(request)

@@ -211,6 +211,25 @@ def test_grad_scaler_with_fused(name: str) -> None:
         assert not hasattr(ours, "grad_scale")
 
 
+def test_skipped_first_step_does_not_count_as_the_first() -> None:
+    """Dampening spares the first step of a momentum buffer: the first that is taken."""
+    mine = parameters()
+    torchs = twins(mine)
+    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    ours = fastopt.optim.SGD(mine, fused=True, **options)
+    theirs = torch.optim.SGD(torchs, **options)
+    ours.grad_scale = torch.tensor(2.0)
+    for found in (1.0, 1.0, 0.0, 1.0, 0.0):
+        set_grads(mine, torchs)
+        for p in mine:
+            p.grad.mul_(2.0)
+        ours.found_inf = torch.tensor(found)
+        ours.step()
+        if not found:
+            theirs.step()
+        assert_same(mine, torchs)
+
+
 def test_differentiable_goes_to_torch() -> None:
     outcomes = []
     for module in (fastopt.optim, torch.optim):

@@ -130,7 +130,8 @@ def cross_entropy(
         A tensor of input's dtype (float32 under autocast).
 
     Raises:
-        IndexError: a class index out of range; names it, its place and the classes.
+        IndexError: a class index out of range; names it, its place and the classes. On a GPU
+            it fails a device-side assert, as in torch.
         RuntimeError, ValueError, TypeError: as torch does, for shapes or dtypes that don't
             go together and unknown reductions.
 
@@ -140,8 +141,8 @@ def cross_entropy(
 
     Reference: :func:`torch.nn.functional.cross_entropy`. It differs in one case: where the
     logits are changed in place between the forward and the backward pass, backward raises
-    unless it is the plain ``loss.backward()``, because the logits themselves are kept for it,
-    not a copy of their softmax.
+    (on the CPU unless it is the plain ``loss.backward()``), because the logits themselves are
+    kept for it, not a copy of their softmax.
     """
 
 

@@ -78,6 +78,8 @@ class PlannedStep(Optimizer):
         Returns:
             The closure's loss, or None.
 
+        Inside ``torch.compile`` it is torch's own step that is compiled.
+
         Raises:
             BackendUnavailable: inside ``use_backend``, that backend can't serve every
                 parameter; nothing has been changed.

@@ -32,7 +32,8 @@ class RMSprop(PlannedStep, torch.optim.RMSprop):
         alpha, eps, weight_decay, momentum, centered, maximize: as above.
         foreach: torch's choice among its own implementations. The compiled step, one launch
             for all tensors, stands for each of them.
-        capturable, differentiable: run torch's own code.
+        capturable: count steps on the GPU, so that a step can be captured in a CUDA graph.
+        differentiable: step within autograd; runs torch's own code.
 
     Parameters may be float64, float32, bfloat16 or float16, of any dense layout; all others
     are updated by torch's own code. ``explain`` says which.

@@ -13,11 +13,14 @@ import triton.language as tl
 from .. import hyper
 from .compiler import device_function as formula
 
-# -- pointwise losses: the value, and upstream times its derivatives by input and target ----
+# -- pointwise losses -----------------------------------------------------------------------
+#
+# The value, and upstream times its derivatives by input and by target; `values` are the fields
+# of the loss's record.
 
 
 @formula
-def mse(input, target, upstream):
+def mse(values, input, target, upstream):
     difference = input - target
     half = difference * upstream  # doubled last: twice the difference may overflow
     grad = half + half
@@ -25,7 +28,7 @@ def mse(input, target, upstream):
 
 
 @formula
-def l1(input, target, upstream):
+def l1(values, input, target, upstream):
     difference = input - target
     # as torch.sign: of NaN, 0
     grad = upstream * tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, 0.0))

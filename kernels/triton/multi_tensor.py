@@ -124,7 +124,6 @@ class Update:
         )  # fmt: skip
 
 
-@functools.cache
 def launcher(
     record: type,
     slots: tuple[torch.dtype | None, ...],
@@ -138,7 +137,15 @@ def launcher(
         slots: dtypes of the parameter and of each state, None for an unused state.
         grad: dtype of the gradients.
         step: dtype of the step counters, or None.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured; tables and states have to be there before.
     """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "an optimizer's first step, or its first after parameters, states or options changed, "
+            "can't be captured in a CUDA graph: take a step before the capture"
+        )
     return functools.partial(Update, record, (*slots, grad))
 
 

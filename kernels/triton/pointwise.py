@@ -21,7 +21,7 @@ import triton.language as tl
 
 from .. import hyper
 from . import reduction
-from .compiler import compute_dtype, device_function, kernel, launch
+from .compiler import as_number, compute_dtype, device_function, kernel, launch, number
 from .formulas import VALUE_AND_GRAD
 
 # 16 elements a thread: two or four 16-byte loads of each tensor under way at a time.
@@ -30,15 +30,15 @@ THREADS, BLOCK = 128, 2048
 
 @device_function
 def one_block(
-    input, target, values, grad_input, grad_target, upstream, scale, place, mask, FORMULA:
-    tl.constexpr, COMPUTE: tl.constexpr,
+    input, target, numbers, values, grad_input, grad_target, upstream, scale, place, mask,
+    FORMULA: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Compute the elements at `place`, and return their values."""
     x = tl.load(input + place, mask=mask).to(COMPUTE)
     y = tl.load(target + place, mask=mask).to(COMPUTE)
     if upstream is not None:
         scale = scale * tl.load(upstream + place, mask=mask).to(COMPUTE)
-    value, d_input, d_target = FORMULA(x, y, scale)
+    value, d_input, d_target = FORMULA(numbers, x, y, scale)
     if values is not None:
         tl.store(values + place, value, mask=mask)
     if grad_input is not None:
@@ -50,9 +50,9 @@ def one_block(
 
 @kernel
 def pointwise_blocks(
-    input, target, values, grad_input, grad_target, upstream, grad_output, partials, divisor,
-    count, FORMULA: tl.constexpr, COMPUTE: tl.constexpr, READY: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    input, target, record, values, grad_input, grad_target, upstream, grad_output, partials,
+    divisor, count, FORMULA: tl.constexpr, COMPUTE: tl.constexpr, READY: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of elements a program.
 
@@ -67,6 +67,9 @@ def pointwise_blocks(
                 return
     if divisor is not None:
         scale /= tl.cast(divisor, COMPUTE)
+    numbers = ()
+    for k in tl.static_range(len(record)):
+        numbers = numbers + (as_number(record[k], COMPUTE),)  # type: ignore[assignment]
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
@@ -74,16 +77,16 @@ def pointwise_blocks(
     # A mask that ends anywhere would split 16-byte accesses, so only the last block has one.
     if (program + 1) * BLOCK <= count:
         value = one_block(
-            input, target, values, grad_input, grad_target, upstream, scale, place, None,
-            FORMULA, COMPUTE,
+            input, target, numbers, values, grad_input, grad_target, upstream, scale, place,
+            None, FORMULA, COMPUTE,
         )  # fmt: skip
         if partials is not None:
             tl.store(partials + program, tl.sum(value))
     else:
         mask = place < count
         value = one_block(
-            input, target, values, grad_input, grad_target, upstream, scale, place, mask,
-            FORMULA, COMPUTE,
+            input, target, numbers, values, grad_input, grad_target, upstream, scale, place,
+            mask, FORMULA, COMPUTE,
         )  # fmt: skip
         if partials is not None:
             tl.store(partials + program, tl.sum(tl.where(mask, value, 0.0)))
@@ -100,12 +103,13 @@ def _run(
     ready: bool = False,
 ) -> None:
     input, target = tensors
-    count = input.numel()
+    count, compute = input.numel(), compute_dtype(input.dtype)
+    record = tuple(number(value, compute) for value in options.hyper)
     launch(
-        pointwise_blocks, (_programs(count),), input.device, THREADS, input, target, values,
-        *grads, upstream, grad_output, partials, _divisor(options, input), count,
-        FORMULA=VALUE_AND_GRAD[type(options.hyper)], COMPUTE=compute_dtype(input.dtype),
-        READY=ready, WIDE=count + BLOCK >= 2**31, BLOCK=BLOCK,
+        pointwise_blocks, (_programs(count),), input.device, THREADS, input, target, record,
+        values, *grads, upstream, grad_output, partials, _divisor(options, input), count,
+        FORMULA=VALUE_AND_GRAD[type(options.hyper)], COMPUTE=compute, READY=ready,
+        WIDE=count + BLOCK >= 2**31, BLOCK=BLOCK,
     )  # fmt: skip
 
 
