@@ -114,7 +114,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     ):
         outcomes = []
         for module in (ours, theirs):
-            with torch.autocast("cpu", dtype=torch.bfloat16), fastopt.use_backend(BACKEND):
+            with torch.autocast(x.device.type, dtype=torch.bfloat16), fastopt.use_backend(BACKEND):
                 loss = getattr(module, name)(*arguments)
             outcomes.append((loss, *torch.autograd.grad(loss * 3, x)))
         (mine, grad), (torchs, torch_grad) = outcomes
@@ -213,6 +213,40 @@ class _Wrapped(torch.Tensor):
 def test_tensor_subclasses_stay() -> None:
     x = torch.randn(3, 5).as_subclass(_Wrapped)
     assert type(ours.cross_entropy(x, torch.tensor([0, 1, 2]))) is _Wrapped
+
+
+@pytest.mark.parametrize("default", ["cpu", "meta"])
+def test_default_device(default: str) -> None:
+    """torch.set_default_device is a mode, but one that sees nothing; tensors stay where they are."""
+    x, y = torch.randn(2, 90, 4, requires_grad=True), torch.randn(2, 90, 4)
+    t, weight = torch.randint(0, 90, (2, 4)), torch.rand(90)
+    for name, arguments, options in (
+        ("mse_loss", (x, y), {}),
+        ("cross_entropy", (x, t, weight), {"label_smoothing": 0.1}),
+        ("cross_entropy", (x.transpose(1, 2), y[:, :, 0].long() % 4), {"reduction": "none"}),
+        ("cross_entropy", (x[:, :, 0], t[:, 0]), {"reduction": "sum"}),
+    ):
+        outcomes = []
+        for module in (ours, theirs):
+            with torch.device(default), fastopt.use_backend(BACKEND):
+                loss = getattr(module, name)(*arguments, **options)
+                grads = torch.autograd.grad(loss, x, torch.ones_like(loss) * 0.5)
+            outcomes.append((loss.detach(), *grads))
+        for mine, torchs in zip(*outcomes, strict=True):
+            torch.testing.assert_close(mine, torchs)
+
+
+def test_other_modes_see_the_call() -> None:
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    seen: list[object] = []
+    x = torch.randn(400, 400)
+    with Mode():
+        ours.mse_loss(x, x)
+    assert theirs.mse_loss in seen
 
 
 shapes = st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple)

@@ -8,7 +8,16 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as theirs
-from cases import BACKEND, FLOATS, INTERPRETED, LOSSES, REDUCTIONS, LossCase, assert_as_accurate
+from cases import (
+    BACKEND,
+    DEVICE,
+    FLOATS,
+    INTERPRETED,
+    LOSSES,
+    REDUCTIONS,
+    LossCase,
+    assert_as_accurate,
+)
 from torch import Tensor
 
 import fastopt
@@ -46,6 +55,7 @@ def call(module: object, case: LossCase, **more: object) -> Callable[..., Tensor
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.filterwarnings("ignore:.*deterministic")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("case", COMPILED, ids=str)
@@ -219,6 +229,7 @@ def test_class_weights_of_zero() -> None:
         torch.testing.assert_close(mine, theirs.cross_entropy(x, t, weight), equal_nan=True)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU it fails an assert: see test_gpu.py")
 @pytest.mark.parametrize("bad", [-1, 10, 2**40, -(2**40)])
 @pytest.mark.parametrize("backend", [BACKEND, "reference"])
 def test_target_out_of_range(bad: int, backend: str) -> None:

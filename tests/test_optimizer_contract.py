@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BACKEND, OPTIMIZERS, OptimizerCase
+from cases import BACKEND, DEVICE, OPTIMIZERS, OptimizerCase
 from test_optimizers import (
     ADAM,
     RMSPROP,
@@ -193,7 +193,7 @@ def test_grad_scaler_with_fused(name: str) -> None:
     torchs = twins(mine)
     ours = getattr(fastopt.optim, name)(mine, fused=True, **options)
     theirs = getattr(torch.optim, name)(torchs, **options)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=100)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=4.0, growth_interval=100)
     for turn in range(4):
         set_grads(mine, torchs)
         for p in mine:
@@ -304,3 +304,21 @@ def test_gradient_dtype_differs() -> None:
     with fastopt.use_backend(BACKEND):
         fastopt.optim.SGD([p], lr=0.5).step()
     torch.testing.assert_close(p.detach(), (1 - 0.5 * grad).bfloat16())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_default_device_elsewhere(name: str) -> None:
+    """Torch puts new step counters on the default device, whatever comes of it."""
+    outcomes = []
+    for module in (fastopt.optim, torch.optim):
+        p = Parameter(torch.ones(6, device=DEVICE))
+        p.grad = torch.full_like(p, 0.5)
+        optimizer = getattr(module, name)([p], lr=0.1)
+        with torch.device("meta"):
+            try:
+                optimizer.step()
+            except RuntimeError as error:
+                outcomes.append(str(error))
+            else:
+                outcomes.append(p.tolist())
+    assert outcomes[0] == pytest.approx(outcomes[1])

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
+from torch.utils._device import DeviceContext
 
 from .. import dispatch
 from ..dispatch import Decision, Request
@@ -87,7 +87,7 @@ def _add_circumstances(tensors: list[Tensor], special: list[str]) -> None:
             special.append("a lazily negated tensor")
         if t.device != device:
             special.append("tensors on different devices")
-    if has_torch_function(tensors):
+    if _has_function_mode():
         special.append("a torch function override")
     if torch._C._are_functorch_transforms_active():
         special.append("a torch.func transform")
@@ -97,6 +97,14 @@ def _add_circumstances(tensors: list[Tensor], special: list[str]) -> None:
         special.append("torch.compile")
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         special.append("tracing")
+
+
+def _has_function_mode() -> bool:
+    """Whether some mode wants to see torch's functions; torch.set_default_device is one, too."""
+    return any(
+        type(torch._C._get_function_stack_at(k)) is not DeviceContext
+        for k in range(torch._C._len_torch_function_stack())
+    )
 
 
 def evaluate(call: Call) -> Tensor | None:

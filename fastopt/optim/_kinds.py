@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _COUNTERS = (torch.float32, torch.float64)
+_CPU = torch.device("cpu")
 
 
 class Kind(NamedTuple):
@@ -136,32 +137,31 @@ def _kind(
             slots.append(value.dtype)
     step, on_device = None, False
     if optimizer._counts_steps:
-        counter = state.get("step")
         step, where = default_counter(param, group)
-        on_device = where is not None
+        counter = state.get("step")
         if counter is not None:
-            if type(counter) is not Tensor or counter.numel() != 1 or (
-                counter.dtype not in _COUNTERS
-                or counter.device not in (param.device, torch.device("cpu"))
-            ):  # fmt: skip
-                special.append(f"state 'step' that is no number on {param.device} or the CPU")
+            if type(counter) is Tensor and counter.numel() == 1 and counter.dtype in _COUNTERS:
+                step, where = counter.dtype, counter.device
             else:
-                step = counter.dtype
-                on_device = counter.device == param.device and (
-                    param.device.type != "cpu" or on_device
-                )
+                special.append("state 'step' that is no one number")
+        if where not in (param.device, _CPU):
+            special.append(f"state 'step' on {where}")
+        on_device = where == param.device and (where != _CPU or _keeps_counter(group))
     return Kind(
         param.device, param.dtype, grad.dtype, tuple(slots), step, on_device, tuple(special)
-    )
+    )  # fmt: skip
 
 
-def default_counter(
-    param: Tensor, group: dict[str, Any]
-) -> tuple[torch.dtype, torch.device | None]:
-    """The dtype that torch gives new step counters, and their device if it is the parameter's."""
+def _keeps_counter(group: dict[str, Any]) -> bool:
+    """Whether torch keeps a parameter's step counter on the parameter's device."""
+    return bool(group.get("fused") or group.get("capturable"))
+
+
+def default_counter(param: Tensor, group: dict[str, Any]) -> tuple[torch.dtype, torch.device]:
+    """The dtype and device that torch gives a new step counter."""
     double = torch.get_default_dtype() == torch.float64 and not group.get("fused")
-    own = group.get("fused") or group.get("capturable")
-    return torch.float64 if double else torch.float32, param.device if own else None
+    device = param.device if _keeps_counter(group) else torch.get_default_device()
+    return torch.float64 if double else torch.float32, device
 
 
 def _layout_specials(param: Tensor, grad: Tensor) -> list[str]:

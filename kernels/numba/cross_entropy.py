@@ -63,7 +63,7 @@ def _prepare(options: hyper.Loss, tensors: tuple[torch.Tensor | None, ...]) -> _
         weight = weight.contiguous()
     if smoothing:
         compute = torch.float64 if input.dtype == torch.float64 else torch.float32
-        smooth = torch.full((axis.classes,), smoothing / axis.classes, dtype=compute)
+        smooth = input.new_full((axis.classes,), smoothing / axis.classes, dtype=compute)
         if weight is not None:
             smooth *= weight
     denominator = 1.0
@@ -152,8 +152,8 @@ def _run(
         return
     fits = x.classes * TILE_WIDTH * 4 <= TILE_BYTES
     width = max(min(TILE_WIDTH if fits else NARROW_WIDTH, x.inner), 1)
-    tile = torch.empty(parts * width * (x.classes + 2), dtype=compute)
-    totals = torch.empty(2 * parts * width, dtype=torch.float64)
+    tile = call.input.new_empty(parts * width * (x.classes + 2), dtype=compute)
+    totals = call.input.new_empty(2 * parts * width, dtype=torch.float64)
     tops = tile.data_ptr() + parts * width * x.classes * tile.itemsize
     sums = tops + parts * width * tile.itemsize
     columns = (
@@ -186,11 +186,11 @@ def forward(
     call = _prepare(options, tensors)
     shape = call.input.shape[:1] + call.input.shape[2:] if call.input.dim() > 1 else ()
     if options.reduction == "none":
-        losses = torch.empty(shape, dtype=options.dtype)
+        losses = call.input.new_empty(shape, dtype=options.dtype)
         _run(call, losses, None, None, None, 1.0)
         return losses, None, None
-    losses = torch.empty(shape, dtype=torch.float64)
-    loss = torch.empty((), dtype=options.dtype)
+    losses = call.input.new_empty(shape, dtype=torch.float64)
+    loss = call.input.new_empty((), dtype=options.dtype)
     grad = _empty_gradient(call.input, call.axis) if needs[0] else None
     _run(call, losses, grad, None, loss, _inverse(call.denominator))
     return loss, None if grad is None else (grad, None, None), None

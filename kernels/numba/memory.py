@@ -35,7 +35,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     count = math.prod(shape)
     size = count * dtype.itemsize
     if size < POOLED_BYTES:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     memory = _take(size)
     # A new array object for each loan: its end, not that of the memory, ends the loan.
     loan = memory[:size]

@@ -112,8 +112,8 @@ def forward(
         _run(options.hyper, 1.0, input, target, values, None, None, None, None, None)
         return values, None, None
     grads = tuple(map(_empty_grad, tensors, needs))
-    sums = torch.empty(-(-input.numel() // CHUNK), dtype=torch.float64)
-    loss = torch.empty((), dtype=options.dtype)
+    sums = input.new_empty(-(-input.numel() // CHUNK), dtype=torch.float64)
+    loss = input.new_empty((), dtype=options.dtype)
     _run(
         options.hyper, _scale(options, input), input, target, None, *grads, None, sums, loss
     )  # fmt: skip

@@ -24,6 +24,7 @@ Whether grad_output is 1 is seen on the device: a program that finds it so ends 
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from typing import Any, NamedTuple
@@ -73,6 +74,7 @@ class Tiling(NamedTuple):
         return self.splits == 1 and self.span <= self.columns
 
 
+@functools.lru_cache(maxsize=1024)
 def tiling(axis: ClassAxis, itemsize: int, machine: Hardware, twice: bool = True) -> Tiling:
     """The rules for block sizes.
 
@@ -195,8 +197,20 @@ def _constants(call: _Call, cut: Tiling) -> dict[str, Any]:
         "WIDE": call.positions + cut.rows >= 2**31,
         "ROWS": cut.rows,
         "COLUMNS": cut.columns,
+        "STAGES": _stages(call, cut),
         "LOWEST": -sys.float_info.max if double else torch.finfo(torch.float32).min,
     }
+
+
+def _stages(call: _Call, cut: Tiling) -> int:
+    """Tiles under way at a time, where those to come wait in shared memory.
+
+    Three of 16 KiB leave room for several programs on a processor and for the smallest shared
+    memories; a larger tile has enough loads under way by itself.
+    """
+    plain = call.probability is None and call.weight is None
+    fits = cut.rows * cut.columns * call.input.itemsize <= 16 << 10
+    return 3 if plain and fits and not cut.single else 1
 
 
 def _step(call: _Call) -> int:

@@ -1,9 +1,11 @@
 """A host array's copy on the device, uploaded when the array has changed.
 
 An upload goes through pinned memory, so that the host does not wait, and into new memory, so
-that no launch still under way sees it change. A CUDA graph that is being captured replays its
-uploads from, and into, the very same memory: what it touches is kept for as long as the process
-lives, and never written again. Pinned memory can't be had during a capture, so some is ready.
+that no launch still under way sees it change.
+
+While a CUDA graph is captured nothing runs: an upload happens at each replay, from and into
+the very same memory, so that must never be freed or written again. And pinned memory can't be
+had during a capture, so some is laid by.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ def current_stream(device: torch.device) -> object:
     return torch.get_device_module(device).current_stream(device)
 
 
-def keep_for_graph(*tensors: torch.Tensor) -> None:
-    """Never free these: a captured graph has their addresses."""
-    _kept_for_graphs.extend(tensors)
+def keep_for_graph(tensor: torch.Tensor) -> torch.Tensor:
+    """Never free this: a captured graph has its address."""
+    _kept_for_graphs.append(tensor)
+    return tensor
 
 
 class DeviceTable:
@@ -36,39 +39,55 @@ class DeviceTable:
 
     Attributes:
         host: the array; write to it in place.
-        uploads: how many times it has been copied.
+        uploads: how many times it has been copied, captured copies not counted.
     """
 
-    def __init__(self, host: np.ndarray, device: torch.device) -> None:
+    def __init__(self, host: np.ndarray, device: torch.device, captures: int = 0) -> None:
+        """captures: how many uploads may be captured in a row."""
         self.host = host
         self.uploads = 0
         self._device = device
+        self._captures = captures
         self._seen: np.ndarray | None = None
-        self._spare: tuple[torch.Tensor, torch.Tensor] | None = self._room()
+        self._current = torch.empty(0, device=device)
+        self._lay_by()
 
-    def _room(self) -> tuple[torch.Tensor, torch.Tensor]:
-        pinned = torch.from_numpy(np.empty_like(self.host))
+    def _lay_by(self) -> None:
+        pinned, there = self._room(self._captures)
+        self._laid_by = list(zip(pinned, there, strict=True))
+
+    def _room(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        pinned: torch.Tensor = torch.from_numpy(
+            np.empty((count, *self.host.shape), self.host.dtype)
+        )
         if self._device.type != "cpu":
             pinned = pinned.pin_memory()
         return pinned, torch.empty_like(pinned, device=self._device)
 
     def current(self) -> torch.Tensor:
         """The copy on the device, up to date for all that is launched from now on."""
-        in_capture = capturing(self._device)
-        if self._seen is None or not np.array_equal(self._seen, self.host):
-            if in_capture and self._spare is None:
-                raise RuntimeError(
-                    "a second step inside one CUDA graph capture finds other tensors or "
-                    "hyperparameters than the first (supported: the same ones)"
-                )
-            pinned, self._current = self._spare or self._room()
-            self._spare = None if in_capture else self._room()
-            pinned.numpy()[...] = self.host
-            self._current.copy_(pinned, non_blocking=True)
+        changed = self._seen is None or not np.array_equal(self._seen, self.host)
+        if capturing(self._device):
+            return self._captured_copy() if changed else keep_for_graph(self._current)
+        if changed:
+            (pinned,), (self._current,) = self._room(1)
+            self._copy(pinned, self._current)
             self._seen = self.host.copy()
             self.uploads += 1
-            if in_capture:
-                keep_for_graph(pinned)
-        if in_capture:
-            keep_for_graph(self._current)
+        if len(self._laid_by) < self._captures:
+            self._lay_by()
         return self._current
+
+    def _captured_copy(self) -> torch.Tensor:
+        if not self._laid_by:
+            raise RuntimeError(
+                f"more than {self._captures} steps captured in CUDA graphs without one that isn't"
+            )
+        pinned, there = self._laid_by.pop()
+        self._copy(pinned, there)
+        keep_for_graph(pinned)
+        return keep_for_graph(there)
+
+    def _copy(self, pinned: torch.Tensor, there: torch.Tensor) -> None:
+        pinned.numpy()[...] = self.host
+        there.copy_(pinned, non_blocking=True)

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .. import hyper
 from .compiler import device_function as formula
+from .vector_math import quotient, root
 
 # -- pointwise losses -----------------------------------------------------------------------
 #
@@ -111,25 +112,6 @@ def rmsprop(values, param, grad, states, USES: tl.constexpr):
         momentum_buffer = h.momentum * momentum_buffer + change
         change = momentum_buffer
     return param - h.lr * change, (square_avg, momentum_buffer, grad_avg)
-
-
-# Triton's own float32 operators are approximate, and flush what is below 1e-38.
-
-
-@formula
-def root(value):
-    if value.dtype == tl.float32:
-        return tl.sqrt_rn(value)
-    else:
-        return tl.sqrt(value)
-
-
-@formula
-def quotient(dividend, divisor):
-    if dividend.dtype == tl.float32:
-        return tl.div_rn(dividend, divisor)
-    else:
-        return dividend / divisor
 
 
 CONSTANTS: dict[type, Any] = {hyper.Adam: (adam_constants, len(hyper.AdamStep._fields))}

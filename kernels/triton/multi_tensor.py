@@ -28,6 +28,8 @@ from .formulas import CONSTANTS, UPDATE, unchanged
 from .updates import ALIGNED, COUNT, FIRST, derive, update_blocks
 
 THREADS = 128
+#: Steps that may be captured in CUDA graphs before one that isn't.
+CAPTURES = 8
 
 
 def block_size(dtype: torch.dtype) -> int:
@@ -64,24 +66,30 @@ class Update:
         self._lines[len(self._dtypes) + COUNT] = sizes
         self._lines[len(self._dtypes) + FIRST] = np.cumsum(blocks) - blocks
         tensor_of = np.repeat(np.arange(len(blocks), dtype=np.int32), blocks)
-        self._table, self._tensor_of, self._row_of, self._hypers, self._behind = (
-            DeviceTable(host, t.device)
-            for host in (self._lines, tensor_of, t.row_of, t.hypers, np.zeros(len(blocks)))
+        # Gradients and hyperparameters may be others in a captured step than before.
+        self._table, self._hypers = (
+            DeviceTable(host, t.device, CAPTURES) for host in (self._lines, t.hypers)
         )
-        double = self._compute == tl.float64
-        self._constants = torch.empty(
-            (self._fields, len(blocks)),
-            dtype=torch.float64 if double else torch.float32,
-            device=t.device,
+        self._tensor_of, self._row_of, self._behind = (
+            DeviceTable(host, t.device) for host in (tensor_of, t.row_of, np.zeros(len(blocks)))
         )
+        self._constants = self._empty_constants()
         self._stream = current_stream(t.device)
+
+    def _empty_constants(self) -> torch.Tensor:
+        dtype = torch.float64 if self._compute == tl.float64 else torch.float32
+        shape = (self._fields, len(self._tables.row_of))
+        return torch.empty(shape, dtype=dtype, device=self._tables.device)
 
     def __call__(self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
         t = self._tables
-        if capturing(t.device):
-            keep_for_graph(self._constants)
+        constants = self._constants
+        captured = capturing(t.device)
+        if captured:  # replays must not see what later steps write there
+            constants = keep_for_graph(self._empty_constants())
         elif current_stream(t.device) != self._stream:
             self._bind()
+            constants = self._constants
         addresses = len(t.addresses)
         self._lines[:addresses] = t.addresses
         aligned = np.bitwise_or.reduce(t.addresses[self._used]) % 16 == 0
@@ -90,17 +98,17 @@ class Update:
             None if x is None else x.to(t.device, non_blocking=True)
             for x in (grad_scale, found_inf)
         )
-        self._derive(found_inf)
+        self._derive(constants, found_inf, captured)
         launch(
             update_blocks, (self._blocks,), t.device, THREADS, self._table.current(),
-            self._tensor_of.current(), self._constants, len(t.row_of), grad_scale, found_inf,
+            self._tensor_of.current(), constants, len(t.row_of), grad_scale, found_inf,
             DTYPES=self._dtypes, USES=self._dtypes[1:-1], FORMULA=self._update, FIELDS=self._fields,
             COMPUTE=self._compute, BLOCK=self._block,
         )  # fmt: skip
         if t.counters is not None and not t.counted_on_device:
             t.counters.add_(1 if found_inf is None or found_inf.item() == 0 else 0)
 
-    def _derive(self, found_inf: torch.Tensor | None) -> None:
+    def _derive(self, constants: torch.Tensor, found_inf: torch.Tensor | None, anew: bool) -> None:
         """Bring the constants up to date, and counters on the device."""
         t = self._tables
         steps = behind = step = None
@@ -114,12 +122,12 @@ class Update:
         uploads, hypers = self._hypers.uploads, self._hypers.current()
         for row, field, value in t.traced:
             hypers[row, field].copy_(value.reshape(()))
-        changed = uploads != self._hypers.uploads or bool(t.traced)
+        changed = anew or uploads != self._hypers.uploads or bool(t.traced)
         if steps is None and not self._per_step and not changed:
             return
         launch(
             derive, (-(-len(t.row_of) // 128),), t.device, 128, hypers, self._row_of.current(),
-            steps, behind, step, found_inf, self._constants, len(t.row_of),
+            steps, behind, step, found_inf, constants, len(t.row_of),
             FORMULA=self._constants_of, FIELDS=t.hypers.shape[1], COMPUTE=self._compute, BLOCK=128,
         )  # fmt: skip
 

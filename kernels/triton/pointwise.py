@@ -23,6 +23,7 @@ from .. import hyper
 from . import reduction
 from .compiler import as_number, compute_dtype, device_function, kernel, launch, number
 from .formulas import VALUE_AND_GRAD
+from .vector_math import quotient
 
 # 16 elements a thread: two or four 16-byte loads of each tensor under way at a time.
 THREADS, BLOCK = 128, 2048
@@ -66,7 +67,7 @@ def pointwise_blocks(
             if scale == 1.0:
                 return
     if divisor is not None:
-        scale /= tl.cast(divisor, COMPUTE)
+        scale = quotient(scale, tl.cast(divisor, COMPUTE))
     numbers = ()
     for k in tl.static_range(len(record)):
         numbers = numbers + (as_number(record[k], COMPUTE),)  # type: ignore[assignment]

@@ -6,6 +6,7 @@ import torch
 import triton.language as tl
 
 from .compiler import device_function, kernel, launch
+from .vector_math import quotient
 
 BLOCK = 2048
 
@@ -25,9 +26,9 @@ def finish(partials, count, masses, mass_count, divisor, loss, BLOCK: tl.constex
     """loss = the sum of the partial sums over the sum of the masses, or over divisor."""
     total = sum_all(partials, count, BLOCK)
     if masses is not None:
-        total /= sum_all(masses, mass_count, BLOCK)
+        total = quotient(total, sum_all(masses, mass_count, BLOCK))
     elif divisor is not None:
-        total /= tl.cast(divisor, total.dtype)
+        total = quotient(total, tl.cast(divisor, total.dtype))
     tl.store(loss, total)
 
 

@@ -65,7 +65,7 @@ def soft_target(
 def statistics(
     input, probability, weight, starts, t_starts, inside, begin, end, x, t, kept, smooth,
     COMPUTE: tl.constexpr, SMOOTH: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, LOWEST: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr, LOWEST: tl.constexpr,
 ):  # fmt: skip
     """Of classes begin to end: the largest logit, the sum of exponentials relative to it,
     and the mass of probabilities.
@@ -77,7 +77,7 @@ def statistics(
     top = tl.full([ROWS, COLUMNS], LOWEST, COMPUTE)
     total = tl.zeros([ROWS, COLUMNS], COMPUTE)
     mass = tl.zeros([ROWS, COLUMNS], COMPUTE)
-    for start in range(begin, end, COLUMNS):
+    for start in tl.range(begin, end, COLUMNS, num_stages=STAGES):
         column = start + tl.arange(0, COLUMNS)
         mask = inside[:, None] & (column < end)[None, :]
         places = tile(input, starts, column, x, UNIT)
@@ -100,7 +100,7 @@ def row_statistics(
     input, probability, weight, tops, totals, masses, rows, span, x, t, kept, smooth,
     COMPUTE: tl.constexpr, SMOOTH: tl.constexpr, FLAT: tl.constexpr, UNIT: tl.constexpr,
     WIDE: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    LOWEST: tl.constexpr,
+    STAGES: tl.constexpr, LOWEST: tl.constexpr,
 ):  # fmt: skip
     """The statistics of `span` classes of some positions, into line program_id(1)."""
     kept, smooth = as_number(kept, COMPUTE), as_number(smooth, COMPUTE)
@@ -116,7 +116,7 @@ def row_statistics(
     starts, t_starts = row_starts(row, x, FLAT, STEP), row_starts(row, t, FLAT, STEP)
     top, total, mass = statistics(
         input, probability, weight, starts, t_starts, inside, begin, end, x, t, kept, smooth,
-        COMPUTE, SMOOTH, UNIT, ROWS, COLUMNS, LOWEST,
+        COMPUTE, SMOOTH, UNIT, ROWS, COLUMNS, STAGES, LOWEST,
     )  # fmt: skip
     place = tl.program_id(1) * rows + row
     tl.store(tops + place, top, mask=inside)
@@ -133,7 +133,7 @@ def softmax_rows(
     COMPUTE: tl.constexpr, SMOOTH: tl.constexpr, GIVEN: tl.constexpr, READY: tl.constexpr,
     PER_ROW: tl.constexpr, FLAT: tl.constexpr, UNIT: tl.constexpr, G_UNIT: tl.constexpr,
     WIDE: tl.constexpr, SINGLE: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, LINES: tl.constexpr, LOWEST: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr, LOWEST: tl.constexpr,
 ):  # fmt: skip
     """Losses and gradient of `span` classes of some positions, each if wanted.
 
@@ -204,7 +204,7 @@ def softmax_rows(
         else:
             top, total, mass = statistics(
                 input, probability, weight, starts, t_starts, inside, begin, end, x, t, kept,
-                smooth, COMPUTE, SMOOTH, UNIT, ROWS, COLUMNS, LOWEST,
+                smooth, COMPUTE, SMOOTH, UNIT, ROWS, COLUMNS, STAGES, LOWEST,
             )  # fmt: skip
             if probability is not None:
                 soft = mass
@@ -214,7 +214,7 @@ def softmax_rows(
             if masses is not None:
                 tl.store(masses + row, soft, mask=inside)
     log_total = tl.log(total)
-    inverse_total = 1.0 / total
+    inverse_total = 1.0 / total  # by division that may be off by two units in the last place
 
     scale = tl.full([ROWS], 1.0, COMPUTE)
     if grad_output is not None:
@@ -239,7 +239,7 @@ def softmax_rows(
         if grad is not None:
             g_starts = row_starts(row, g, FLAT, STEP)
         tiles = 1 if SINGLE else tl.cdiv(end - begin, COLUMNS)
-        for back in range(0, tiles):
+        for back in tl.range(0, tiles, num_stages=STAGES):
             if SINGLE:
                 here, valid_here, difference = column, mask, value - top[:, None]
             else:
