@@ -217,7 +217,7 @@ def test_tensor_subclasses_stay() -> None:
 
 @pytest.mark.parametrize("default", ["cpu", "meta"])
 def test_default_device(default: str) -> None:
-    """torch.set_default_device is a mode, but one that sees nothing; tensors stay where they are."""
+    """torch.set_default_device is a mode that sees nothing, and concerns new tensors only."""
     x, y = torch.randn(2, 90, 4, requires_grad=True), torch.randn(2, 90, 4)
     t, weight = torch.randint(0, 90, (2, 4)), torch.rand(90)
     for name, arguments, options in (

@@ -22,7 +22,7 @@ import numpy as np
 from fastopt.kernels import hyper
 from fastopt.kernels.layout import ClassAxis
 from fastopt.kernels.tables import Tables, Traced
-from fastopt.kernels.triton import multi_tensor
+from fastopt.kernels.triton import device_table, multi_tensor
 from fastopt.kernels.triton.compiler import Hardware
 from fastopt.kernels.triton.cross_entropy import tiling
 from fastopt.kernels.triton.device_table import DeviceTable
@@ -56,6 +56,46 @@ def test_tables_are_uploaded_when_they_change() -> None:
         "_table": 2, "_tensor_of": 1, "_row_of": 1, "_hypers": 2, "_behind": 1
     }  # fmt: skip
     del old
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="test_gpu.py captures real graphs")
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_captured_steps_have_tables_of_their_own(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a capture records happens at its replays: no other step may count on it."""
+    mine = [Parameter(torch.randn(n)) for n in (5, 3000)]
+    torchs = twins(mine)
+    optimizer = getattr(fastopt.optim, name)(mine, lr=0.1, fused=True)
+    twin = getattr(torch.optim, name)(torchs, lr=0.1)
+
+    def step(lr: float) -> None:
+        old = [
+            p.grad for p in mine
+        ]  # kept until the end of the step, so the new ones lie elsewhere
+        set_grads(mine, torchs)
+        for each in (optimizer, twin):
+            each.param_groups[0]["lr"] = lr
+            each.step()
+        assert_same(mine, torchs)
+        del old
+
+    step(0.1)
+    before = uploads(optimizer)
+    constants = optimizer._plan._buckets[0]._launch._constants
+    kept = constants.clone()
+    with monkeypatch.context() as patch:
+        for module in (device_table, multi_tensor):
+            patch.setattr(module, "capturing", lambda device: True)
+        for _ in range(multi_tensor.CAPTURES):
+            step(0.2)
+        assert uploads(optimizer) == before
+        assert torch.equal(constants, kept)
+        with pytest.raises(RuntimeError, match="more than 8 steps captured"):
+            step(0.3)
+    step(0.1)  # as before the captures, but for the gradients
+    changed = {k: n - before[k] for k, n in uploads(optimizer).items() if n != before[k]}
+    assert changed == {"_table": 1}
 
 
 @pytest.mark.parametrize("name", ["Adam", "RMSprop"])

@@ -92,9 +92,14 @@ def compute_dtype(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def number(value: float, dtype: Any) -> float | int:
+def power_of_2(at_least: int) -> int:
+    """The smallest one; Triton's own function takes microseconds."""
+    return 1 << max(at_least - 1, 0).bit_length()
+
+
+def number(value: float, dtype: torch.dtype) -> float | int:
     """A number as an argument for `as_number`: Triton takes Python floats as float32."""
-    if dtype == tl.float64:
+    if dtype == torch.float64:
         return int.from_bytes(struct.pack("<d", value), "little", signed=True)
     return value
 

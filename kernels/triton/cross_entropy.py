@@ -30,13 +30,12 @@ import sys
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from .. import hyper
 from ..layout import ClassAxis, class_axis, dense_axis, view_along
 from ..reference import out_of_bounds
 from . import reduction
-from .compiler import Hardware, compute_dtype, hardware, launch, number
+from .compiler import Hardware, compute_dtype, hardware, launch, number, power_of_2
 from .softmax import row_statistics, softmax_rows, target_mass
 
 # Elements in registers of a program's tile, 16 a thread: two (bfloat16) or four (float32)
@@ -86,7 +85,7 @@ def tiling(axis: ClassAxis, itemsize: int, machine: Hardware, twice: bool = True
             stands by itself, and there may be as many as there are.
     """
     positions, classes = axis.outer * axis.inner, axis.classes
-    width = triton.next_power_of_2(classes)
+    width = power_of_2(classes)
     if axis.class_stride == 1:
         columns = min(width, LONGEST_TILE if width <= LONGEST_TILE else TILE)
         in_flight = min(4 * machine.processors, positions) * classes * itemsize  # 4 a processor
@@ -99,9 +98,9 @@ def tiling(axis: ClassAxis, itemsize: int, machine: Hardware, twice: bool = True
     tile = TILE // 2 if axis.class_stride == 1 and columns < SHORT_ROW else TILE
     rows = max(tile // columns, 1)
     # With few positions rather more programs than full tiles.
-    rows = min(rows, triton.next_power_of_2(-(-positions // (2 * machine.processors)) or 1))
+    rows = min(rows, power_of_2(-(-positions // (2 * machine.processors))))
     if axis.class_stride != 1:
-        rows = max(rows, min(32, triton.next_power_of_2(max(positions, 1))))  # a warp side by side
+        rows = max(rows, min(32, power_of_2(positions)))  # a warp side by side
     per_thread = PER_THREAD if columns != 2 * TILE and tile == TILE else PER_THREAD // 2
     threads = max(min(rows * columns // per_thread, 1024), machine.warp)
     blocks = -(-positions // rows)
@@ -226,7 +225,7 @@ def _step(call: _Call) -> int:
 
 
 def _numbers(call: _Call) -> tuple[float, float]:
-    dtype = compute_dtype(call.input.dtype)
+    dtype = call.input.dtype
     return number(call.kept, dtype), number(call.smooth, dtype)
 
 
@@ -274,7 +273,7 @@ def _run(
         call.positions, cut.span, call.ignore_index, call.axis, _probability_axis(call), g,
         *_numbers(call), GIVEN=given, READY=ready,
         PER_ROW=call.reduction == "none", G_UNIT=g.class_stride == 1, SINGLE=cut.single,
-        LINES=triton.next_power_of_2(lines), **_constants(call, cut),
+        LINES=power_of_2(lines), **_constants(call, cut),
     )  # fmt: skip
 
 

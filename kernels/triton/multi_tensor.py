@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton.language as tl
 
 from ..tables import Launch, Tables
 from .compiler import TYPES, compute_dtype, launch
@@ -77,7 +76,7 @@ class Update:
         self._stream = current_stream(t.device)
 
     def _empty_constants(self) -> torch.Tensor:
-        dtype = torch.float64 if self._compute == tl.float64 else torch.float32
+        dtype = torch.float64 if self._dtypes[0] == TYPES[torch.float64] else torch.float32
         shape = (self._fields, len(self._tables.row_of))
         return torch.empty(shape, dtype=dtype, device=self._tables.device)
 

@@ -104,12 +104,13 @@ def _run(
     ready: bool = False,
 ) -> None:
     input, target = tensors
-    count, compute = input.numel(), compute_dtype(input.dtype)
-    record = tuple(number(value, compute) for value in options.hyper)
+    count = input.numel()
+    record = tuple(number(value, input.dtype) for value in options.hyper)
     launch(
         pointwise_blocks, (_programs(count),), input.device, THREADS, input, target, record,
         values, *grads, upstream, grad_output, partials, _divisor(options, input), count,
-        FORMULA=VALUE_AND_GRAD[type(options.hyper)], COMPUTE=compute, READY=ready,
+        FORMULA=VALUE_AND_GRAD[type(options.hyper)], COMPUTE=compute_dtype(input.dtype),
+        READY=ready,
         WIDE=count + BLOCK >= 2**31, BLOCK=BLOCK,
     )  # fmt: skip
 
