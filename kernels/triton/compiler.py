@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-#: A kernel, and a function that kernels call.
+#: A kernel, and a function that kernels call. Triton compiles a kernel anew for integers that are
+#: 1 or multiples of 16; where that wins nothing, `do_not_specialize` names them.
 kernel = triton.jit
 device_function = triton.jit
 

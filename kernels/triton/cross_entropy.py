@@ -74,7 +74,9 @@ class Tiling(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def tiling(axis: ClassAxis, itemsize: int, machine: Hardware, twice: bool = True) -> Tiling:
+def tiling(
+    axis: ClassAxis, itemsize: int, machine: Hardware, twice: bool = True, plain: bool = True
+) -> Tiling:
     """The rules for block sizes.
 
     Args:
@@ -83,15 +85,16 @@ def tiling(axis: ClassAxis, itemsize: int, machine: Hardware, twice: bool = True
         machine: the device.
         twice: whether rows too long for a tile are read twice; otherwise every part of a row
             stands by itself, and there may be as many as there are.
+        plain: whether there is but a class index; weights and probabilities need registers, too.
     """
     positions, classes = axis.outer * axis.inner, axis.classes
     width = power_of_2(classes)
     if axis.class_stride == 1:
         columns = min(width, LONGEST_TILE if width <= LONGEST_TILE else TILE)
         in_flight = min(4 * machine.processors, positions) * classes * itemsize  # 4 a processor
-        if width > LONGEST_TILE and twice and in_flight > machine.cache:
+        if width > LONGEST_TILE and twice and in_flight > machine.cache and itemsize < 8:
             # Fewer rows at once, or the second reading would miss the cache: one program fills
-            # a processor.
+            # a processor (with float64 it would need more registers than that has).
             columns = 2 * TILE
     else:
         columns = min(width, STRIDED_COLUMNS)
@@ -101,7 +104,8 @@ def tiling(axis: ClassAxis, itemsize: int, machine: Hardware, twice: bool = True
     rows = min(rows, power_of_2(-(-positions // (2 * machine.processors))))
     if axis.class_stride != 1:
         rows = max(rows, min(32, power_of_2(positions)))  # a warp side by side
-    per_thread = PER_THREAD if columns != 2 * TILE and tile == TILE else PER_THREAD // 2
+    full = plain and tile == TILE and (columns <= TILE or columns >= classes)
+    per_thread = PER_THREAD if full else PER_THREAD // 2
     threads = max(min(rows * columns // per_thread, 1024), machine.warp)
     blocks = -(-positions // rows)
     span = classes
@@ -131,6 +135,16 @@ class _Call(NamedTuple):
     @property
     def positions(self) -> int:
         return self.axis.outer * self.axis.inner
+
+    def cut(self, twice: bool = True) -> Tiling:
+        """Into programs."""
+        machine = hardware(self.input.device)
+        return tiling(self.axis, self.input.itemsize, machine, twice, self.plain)
+
+    @property
+    def plain(self) -> bool:
+        """Whether a position's target is but a class index."""
+        return self.probability is None and self.weight is None
 
 
 class Kept(NamedTuple):
@@ -207,9 +221,8 @@ def _stages(call: _Call, cut: Tiling) -> int:
     Three of 16 KiB leave room for several programs on a processor and for the smallest shared
     memories; a larger tile has enough loads under way by itself.
     """
-    plain = call.probability is None and call.weight is None
     fits = cut.rows * cut.columns * call.input.itemsize <= 16 << 10
-    return 3 if plain and fits and not cut.single else 1
+    return 3 if call.plain and fits and not cut.single else 1
 
 
 def _step(call: _Call) -> int:
@@ -291,8 +304,7 @@ def forward(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...] | None, Kept | None]:
     """The loss, and its gradients for a grad_output of 1 or None."""
     call = _prepare(options, tensors)
-    input, device = call.input, call.input.device
-    cut = tiling(call.axis, input.itemsize, hardware(device))
+    input, cut = call.input, call.cut()
     split = cut.splits > 1
     kept = None
     if split:
@@ -333,7 +345,7 @@ def backward(
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients for any grad_output; those for 1 stay as they are."""
     call = _prepare(options, tensors)
-    cut = tiling(call.axis, call.input.itemsize, hardware(call.input.device), twice=False)
+    cut = call.cut(twice=False)
     grad = grads[0] if grads else _empty_gradient(call)
     _run(
         call, cut, kept, True, grad, grad_output=grad_output.contiguous(), ready=grads is not None
@@ -343,11 +355,13 @@ def backward(
 
 def describe(options: hyper.Loss, tensors: tuple[torch.Tensor | None, ...]) -> str:
     """How a call runs, in words."""
-    input = tensors[0]
+    input, target, weight = tensors
     assert input is not None
+    assert target is not None
     axis = class_axis(input)
     assert axis is not None
-    cut = tiling(axis, input.itemsize, hardware(input.device))
+    plain = weight is None and not target.is_floating_point()
+    cut = tiling(axis, input.itemsize, hardware(input.device), plain=plain)
     if cut.single:
         rows = f"{cut.rows} whole rows a program, read once"
     elif cut.splits == 1:

@@ -16,15 +16,17 @@ from .reduction import sum_all
 
 @device_function
 def row_starts(row, axis, FLAT: tl.constexpr, STEP: tl.constexpr):
-    """Where each position's first class lies."""
+    """Where each position's first class lies.
+
+    The strides are divided and multiplied so that the compiler sees what they are multiples of.
+    """
     if FLAT:
-        starts = row.to(tl.int64) * axis.inner_stride
+        return row.to(tl.int64) * (axis.inner_stride // STEP * STEP)
     else:
         outer, inner = (row // axis.inner).to(tl.int64), (row % axis.inner).to(tl.int64)
-        starts = outer * axis.outer_stride + inner * axis.inner_stride
-    if STEP > 1:  # to say 1 would make the compiler forget what it has found out itself
-        starts = tl.multiple_of(starts, STEP)
-    return starts
+        return outer * (axis.outer_stride // STEP * STEP) + inner * (
+            axis.inner_stride // STEP * STEP
+        )
 
 
 @device_function
@@ -95,7 +97,7 @@ def statistics(
     return row_top, row_total, tl.sum(mass, 1)
 
 
-@kernel
+@kernel(do_not_specialize=["kept", "smooth"])
 def row_statistics(
     input, probability, weight, tops, totals, masses, rows, span, x, t, kept, smooth,
     COMPUTE: tl.constexpr, SMOOTH: tl.constexpr, FLAT: tl.constexpr, UNIT: tl.constexpr,
@@ -110,9 +112,7 @@ def row_statistics(
     row = program * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     begin = tl.program_id(1) * span
-    end = tl.minimum(begin + span, x.classes)
-    if STEP > 1:
-        end = tl.multiple_of(end, STEP)
+    end = tl.minimum(begin + span, x.classes) // STEP * STEP
     starts, t_starts = row_starts(row, x, FLAT, STEP), row_starts(row, t, FLAT, STEP)
     top, total, mass = statistics(
         input, probability, weight, starts, t_starts, inside, begin, end, x, t, kept, smooth,
@@ -125,7 +125,7 @@ def row_statistics(
         tl.store(masses + place, mass, mask=inside)
 
 
-@kernel
+@kernel(do_not_specialize=["lines", "target_mass_count", "ignore_index", "kept", "smooth"])
 def softmax_rows(
     input, target, probability, weight, weight_sum, tops, totals, masses, lines, target_masses,
     target_mass_count, divisor, grad_output, losses, partials, grad, rows, span, ignore_index,
@@ -152,9 +152,7 @@ def softmax_rows(
     row = program * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     begin = tl.program_id(1) * span
-    end = tl.minimum(begin + span, x.classes)
-    if STEP > 1:
-        end = tl.multiple_of(end, STEP)
+    end = tl.minimum(begin + span, x.classes) // STEP * STEP
     starts, t_starts = row_starts(row, x, FLAT, STEP), row_starts(row, t, FLAT, STEP)
     column = tl.arange(0, COLUMNS)
 
@@ -230,7 +228,6 @@ def softmax_rows(
     mass = soft
     if target is not None:
         mass += hard
-    scale = tl.where(counts, scale, 0.0)
 
     # The gradient, and the soft targets' part of the loss: last tiles first, which the first
     # pass has left in the cache.
@@ -284,7 +281,7 @@ def softmax_rows(
             tl.store(partials + partial, tl.sum(loss))
 
 
-@kernel
+@kernel(do_not_specialize=["classes", "ignore_index"])
 def target_mass(
     target, weight, masses, rows, span, classes, ignore_index, COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
