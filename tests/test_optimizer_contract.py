@@ -211,6 +211,29 @@ def test_grad_scaler_with_fused(name: str) -> None:
         assert not hasattr(ours, "grad_scale")
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_scaled_gradients_of_what_torch_updates(name: str) -> None:
+    """GradScaler's numbers reach parameters with gaps, too, beside one without."""
+    start = torch.randn(6, 8), torch.randn(40)
+    mine, torchs = (
+        [Parameter(start[0].clone()[:, ::2]), Parameter(start[1].clone())] for _ in range(2)
+    )
+    ours = getattr(fastopt.optim, name)(mine, lr=0.1, fused=True)
+    theirs = getattr(torch.optim, name)(torchs, lr=0.1, foreach=False)
+    ours.grad_scale = torch.tensor(4.0)
+    for found in (1.0, 0.0, 1.0, 0.0):
+        set_grads(mine, torchs)
+        for p in mine:
+            p.grad.mul_(4.0)
+        grads = [p.grad for p in mine]
+        ours.found_inf = torch.tensor(found)
+        ours.step()
+        if not found:
+            theirs.step()
+        assert_same(mine, torchs)
+        assert all(p.grad is g for p, g in zip(mine, grads, strict=True))
+
+
 def test_skipped_first_step_does_not_count_as_the_first() -> None:
     """Dampening spares the first step of a momentum buffer: the first that is taken."""
     mine = parameters()

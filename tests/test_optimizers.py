@@ -138,17 +138,24 @@ def views() -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("case", OPTIMIZERS[::3], ids=str)
 @pytest.mark.parametrize("name", views())
-def test_every_layout(case: OptimizerCase, name: str) -> None:
-    """Parameters with gaps: right, and nothing is written between."""
+def test_every_layout(case: OptimizerCase, name: str, fused: bool) -> None:
+    """Parameters with gaps: right, and nothing is written between.
+
+    Torch's own fused step on the CPU does write there: it takes them for contiguous.
+    """
+    more: dict[str, Any] = {"fused": True} if fused else {}
+    if fused and case.operation == "RMSprop":
+        pytest.skip("it has no such option")
     view = views()[name]
     surroundings = view._base if view._base is not None else view
     mine, torchs = [Parameter(view)], [Parameter(view.clone(memory_format=torch.preserve_format))]
     before = surroundings.clone()
     inside = torch.zeros_like(surroundings, dtype=torch.bool)
     inside.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(True)
-    ours, theirs = build(fastopt.optim, case, mine), build(torch.optim, case, torchs)
+    ours, theirs = build(fastopt.optim, case, mine, **more), build(torch.optim, case, torchs)
     for _ in range(3):
         set_grads(mine, torchs)
         ours.step()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, overload
 
 import torch
@@ -71,14 +72,14 @@ class PlannedStep(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
 
+        Inside ``torch.compile`` it is torch's own step that is compiled.
+
         Args:
             closure: computes the loss anew and returns it; called first, with gradients
                 enabled.
 
         Returns:
             The closure's loss, or None.
-
-        Inside ``torch.compile`` it is torch's own step that is compiled.
 
         Raises:
             BackendUnavailable: inside ``use_backend``, that backend can't serve every
@@ -97,14 +98,38 @@ class PlannedStep(Optimizer):
         if plan is None or not plan.holds(self):
             self._plan = None  # stays so if the next line raises
             plan = self._plan = StepPlan(self)
-        if plan.reference:
-            self._torch_step(plan.reference)
         # Left here by a GradScaler, if fused=True.
-        plan.run(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if plan.reference and (found_inf is None or not found_inf.item()):
+            with self._unscaled(plan.reference, grad_scale):
+                self._torch_step(plan.reference)
+        plan.run(grad_scale, found_inf)
         return loss
 
+    @contextmanager
+    def _unscaled(self, params: list[Tensor], grad_scale: Tensor | None) -> Iterator[None]:
+        """Gradients divided by a GradScaler's scale, the tensors themselves left as they are.
+
+        Torch's step does so itself only where it is the fused one; any other refuses.
+        """
+        names = ("grad_scale", "found_inf")
+        left = {name: self.__dict__.pop(name) for name in names if name in self.__dict__}
+        scaled = [] if grad_scale is None else [(p, p.grad) for p in params]
+        try:
+            for p, grad in scaled:
+                p.grad = None if grad is None else grad / grad_scale.to(p.device)  # type: ignore[union-attr]
+            yield
+        finally:
+            self.__dict__.update(left)
+            for p, grad in scaled:
+                p.grad = grad
+
     def _torch_step(self, params: list[Tensor] | None = None) -> None:
-        """Torch's own step, for some parameters or for all."""
+        """Torch's own step, for some parameters or for all.
+
+        For some it is not the fused one, which takes every parameter for contiguous: of one
+        with gaps it would write what lies between.
+        """
         step = super().step.__func__  # type: ignore[attr-defined]
         if getattr(step, "hooked", False):  # its hooks run around our own step already
             step = step.__wrapped__
@@ -114,7 +139,12 @@ class PlannedStep(Optimizer):
         chosen = set(map(id, params))
         groups = self.param_groups
         self.param_groups = [
-            {**group, "params": [p for p in group["params"] if id(p) in chosen]} for group in groups
+            {
+                **group,
+                "params": [p for p in group["params"] if id(p) in chosen],
+                **({"fused": False} if group.get("fused") else {}),
+            }
+            for group in groups
         ]
         try:
             step(self)
