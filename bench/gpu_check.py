@@ -30,9 +30,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("gpu", "losses", "loss_contract", "optimizers", "optimizer_contract")
-# Stops the CUDA context, here and in torch; test_gpu.py tries it in a process of its own.
-LEFT_OUT = "tests/test_losses.py::test_target_out_of_range"
+TESTS = ("gpu", "losses", "loss_contract", "optimizers", "optimizer_contract", "triton")
 PROCESSES = 12
 # Seconds: under eight minutes together, with what lies between.
 TEST_LIMIT, MEMCHECK_LIMIT, BENCHMARK_LIMIT = 200, 60, 205
@@ -137,7 +135,7 @@ def tests_command(*more: str) -> list[str]:
     """Of the tests, whatever the current folder is."""
     return [
         sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT),
-        "-p", "no:cacheprovider", "--deselect", LEFT_OUT, *more,
+        "-p", "no:cacheprovider", *more,
     ]  # fmt: skip
 
 

@@ -41,10 +41,11 @@ def test_tables_are_uploaded_when_they_change() -> None:
     params = [Parameter(torch.randn(n)) for n in (5, 70, 3000)]
     optimizer = fastopt.optim.Adam(params, lr=0.1)
     set_grads(params)
+    on_host = int(DEVICE == "cpu")  # where step counters are, as in torch with a default device
     for _ in range(4):
         optimizer.step()
     assert uploads(optimizer) == {
-        "_table": 1, "_tensor_of": 1, "_row_of": 1, "_hypers": 1, "_behind": 1
+        "_table": 1, "_tensor_of": 1, "_row_of": 1, "_hypers": 1, "_behind": on_host
     }  # fmt: skip
     optimizer.param_groups[0]["lr"] = 0.2
     optimizer.step()
@@ -53,7 +54,7 @@ def test_tables_are_uploaded_when_they_change() -> None:
     set_grads(params)
     optimizer.step()
     assert uploads(optimizer) == {
-        "_table": 2, "_tensor_of": 1, "_row_of": 1, "_hypers": 2, "_behind": 1
+        "_table": 2, "_tensor_of": 1, "_row_of": 1, "_hypers": 2, "_behind": on_host
     }  # fmt: skip
     del old
 
