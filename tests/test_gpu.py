@@ -25,13 +25,10 @@ from torch.nn import Linear, Parameter, Sequential, Tanh
 import fastopt
 import fastopt.nn.functional as ours
 
-DEVICE_TYPE = torch.device(DEVICE).type
+if torch.device(DEVICE).type != "cuda" or not torch.cuda.is_available():
+    pytest.skip("needs FASTOPT_TEST_DEVICE=cuda and a GPU that torch sees", allow_module_level=True)
 
 pytestmark = [
-    pytest.mark.skipif(
-        DEVICE_TYPE != "cuda" or not torch.cuda.is_available(),
-        reason="needs FASTOPT_TEST_DEVICE=cuda and a GPU that torch sees",
-    ),
     # Not all steps of a capturable optimizer are captured here.
     pytest.mark.filterwarnings("ignore:This instance was constructed with capturable"),
     pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream"),
