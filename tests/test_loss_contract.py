@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as theirs
-from cases import BACKEND
+from cases import BACKEND, FLOATS
 from hypothesis import given
 from torch import Tensor
 
@@ -124,16 +126,21 @@ def test_autocast(dtype: torch.dtype) -> None:
         torch.testing.assert_close(grad, torch_grad)
 
 
-def test_mixed_dtypes_promote() -> None:
-    x = torch.randn(50).bfloat16().requires_grad_()
-    y = torch.randn(50, requires_grad=True)
-    with fastopt.use_backend(BACKEND):
-        loss = ours.mse_loss(x, y)
-    loss.backward()
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, theirs.mse_loss(x.float(), y))
-    assert x.grad.dtype == torch.bfloat16
-    torch.testing.assert_close(y.grad, 2 * (y - x).detach() / 50)
+@pytest.mark.parametrize("dtypes", list(itertools.permutations(FLOATS, 2)), ids=str)
+@pytest.mark.parametrize("operation", ["mse_loss", "l1_loss"])
+def test_mixed_dtypes_promote(operation: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """The result has the dtype that torch promotes to, and that dtype's precision."""
+    x, y = (torch.randn(50).to(dtype).requires_grad_() for dtype in dtypes)
+    served = torch.float64 not in dtypes or torch.float32 in dtypes
+    for reduction in ("mean", "none"):
+        outcomes = []
+        for module in (ours, theirs):
+            with fastopt.use_backend(BACKEND) if served else nullcontext():
+                loss = getattr(module, operation)(x, y, reduction=reduction)
+            grads = torch.autograd.grad(loss, (x, y), torch.full_like(loss, 0.5))
+            outcomes.append((loss.detach(), *grads))
+        for mine, torchs in zip(*outcomes, strict=True):
+            torch.testing.assert_close(mine, torchs)
 
 
 def test_broadcasting_warns_like_torch() -> None:

@@ -75,7 +75,7 @@ def pointwise_all(
 @functools.cache
 def _launcher(record: Hashable, *dtypes: torch.dtype | None) -> Launcher:
     """dtypes: of input, target, values, grad_input, grad_target, upstream, sums, loss."""
-    compute = "float64" if dtypes[0] == torch.float64 else "float32"
+    compute = "float64" if torch.float64 in dtypes[:2] else "float32"
     widths = [compute] * 6 + ["float64"] * 2
     slots = [optional_pointer(d, k, w) for k, (d, w) in enumerate(zip(dtypes, widths, strict=True))]
     number = getattr(types, compute)

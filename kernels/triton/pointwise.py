@@ -105,11 +105,11 @@ def _run(
 ) -> None:
     input, target = tensors
     count = input.numel()
-    record = tuple(number(value, input.dtype) for value in options.hyper)
+    record = tuple(number(value, options.dtype) for value in options.hyper)
     launch(
         pointwise_blocks, (_programs(count),), input.device, THREADS, input, target, record,
         values, *grads, upstream, grad_output, partials, _divisor(options, input), count,
-        FORMULA=VALUE_AND_GRAD[type(options.hyper)], COMPUTE=compute_dtype(input.dtype),
+        FORMULA=VALUE_AND_GRAD[type(options.hyper)], COMPUTE=compute_dtype(options.dtype),
         READY=ready,
         WIDE=count + BLOCK >= 2**31, BLOCK=BLOCK,
     )  # fmt: skip
@@ -143,7 +143,8 @@ def forward(
     grads = None
     if any(needs) and input.dtype != torch.float16:
         grads = _empty_grads(tensors, needs)
-    partials = reduction.empty_partials(_programs(input.numel()), input)
+    programs = _programs(input.numel())
+    partials = reduction.empty_partials(programs, input, options.dtype)
     _run(options, tensors, grads or (None, None), partials=partials)
     loss = reduction.reduce(partials, options.dtype, divisor=_divisor(options, input))
     return loss, grads, None

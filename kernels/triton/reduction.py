@@ -53,6 +53,8 @@ def partial_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def empty_partials(count: int, like: torch.Tensor) -> torch.Tensor:
-    """Uninitialised room for partial sums over `like`."""
-    return like.new_empty(count, dtype=partial_dtype(like.dtype))
+def empty_partials(
+    count: int, like: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Uninitialised room for partial sums over `like`, or over tensors of another dtype there."""
+    return like.new_empty(count, dtype=partial_dtype(dtype or like.dtype))
