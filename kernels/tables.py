@@ -12,7 +12,7 @@ __all__ = ["Launch", "Tables", "Traced"]
 
 
 class Traced(NamedTuple):
-    """A hyperparameter that lives on a GPU: its value is to be fetched there at each step."""
+    """A hyperparameter that lives on the tensors' GPU: to be looked up there at each step."""
 
     row: int
     field: int
@@ -25,14 +25,14 @@ class Tables(NamedTuple):
     Attributes:
         device: of the tensors.
         hypers: float64, a row of hyperparameters for each kind of tensor.
-        traced: the entries of hypers that a GPU knows and this table doesn't.
+        traced: the entries of hypers that only the device knows; NaN in this table.
         row_of: int64, each tensor's row.
         offsets: int64, the running count of elements, one entry more than tensors.
-        addresses: int64, a line for each slot (parameter and states, unused ones too), then
-            one for the gradients, each with an entry for every tensor.
-        counters: the tensors' steps, done so far, side by side; None if nothing counts.
-        counted_on_device: whether they belong to the device (which may be the CPU), so that a
-            kernel has to count.
+        addresses: int64, a line for each slot (parameter and states, unused ones too), one for
+            the gradients and one for the step counters (0 where nothing counts), each with an
+            entry for every tensor.
+        counted_on_device: whether the counters are the device's (which may be the CPU), so that
+            a kernel has to count.
     """
 
     device: torch.device
@@ -41,7 +41,6 @@ class Tables(NamedTuple):
     row_of: np.ndarray
     offsets: np.ndarray
     addresses: np.ndarray
-    counters: torch.Tensor | None
     counted_on_device: bool
 
 

@@ -87,6 +87,9 @@ class Rows(NamedTuple):
         return int(self.training) * (1 if once else 2)
 
 
+COUNTER = torch.zeros(1, device=CPU)  # of every tensor, where the host counts
+
+
 class Step(NamedTuple):
     """One optimizer step. states: of those that it may have, which are in use.
 
@@ -112,13 +115,12 @@ class Step(NamedTuple):
             [],
             np.zeros(tensors, np.int64),
             np.arange(tensors + 1) * 5000,
-            np.zeros((len(self.states) + 2, tensors), np.int64),
-            None if self.record is hyper.SGD else torch.zeros(tensors, device=CPU),
+            np.zeros((len(self.states) + 3, tensors), np.int64),
             self.counted,
         )
-        return tables, backend.step_launcher(self.record, self.slots(dtype), dtype, torch.float32)(
-            tables
-        )
+        tables.addresses[-1] = COUNTER.data_ptr()
+        step = None if self.record is hyper.SGD else torch.float32
+        return tables, backend.step_launcher(self.record, self.slots(dtype), dtype, step)(tables)
 
     def run(self, dtype: torch.dtype) -> None:
         _, update = self.bind(dtype)

@@ -224,9 +224,14 @@ def test_class_weights_of_zero() -> None:
     x = torch.randn(5, 4, requires_grad=True)
     weight = torch.tensor([0.0, 1.0, 0.0, 2.0])
     for t in (torch.tensor([0, 1, 2, 3, 0]), torch.tensor([0, 2, 0, 2, 0])):
-        with fastopt.use_backend(BACKEND):
-            mine = ours.cross_entropy(x, t, weight)
-        torch.testing.assert_close(mine, theirs.cross_entropy(x, t, weight), equal_nan=True)
+        for smoothing in (0.0, 0.2):
+            outcomes = []
+            for module in (ours, theirs):
+                with fastopt.use_backend(BACKEND):
+                    loss = module.cross_entropy(x, t, weight, label_smoothing=smoothing)
+                outcomes.append((loss.detach(), torch.autograd.grad(loss, x)[0]))
+            for mine, torchs in zip(*outcomes, strict=True):
+                torch.testing.assert_close(mine, torchs, equal_nan=True)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU it fails an assert: see test_gpu.py")
@@ -254,6 +259,11 @@ def test_target_out_of_range(bad: int, backend: str) -> None:
         ("cross_entropy", (torch.randn(3, 5), torch.zeros(3).long()), {"label_smoothing": 1.5}),
         ("cross_entropy", (torch.randn(3, 5), torch.zeros(3).long()), {"reduction": "median"}),
         ("cross_entropy", (torch.randn(3, 5), torch.rand(3, 5)), {"ignore_index": 2}),
+        (
+            "cross_entropy",
+            (torch.randn(3, 5), torch.zeros(3).to(torch.uint8), torch.ones(5)),
+            {"label_smoothing": 0.1},
+        ),
         ("cross_entropy", (torch.tensor(1.0), torch.tensor(0)), {}),
         ("cross_entropy", (torch.randn(3, 0), torch.zeros(3).long()), {}),
         ("cross_entropy", (torch.randn(3, 5), [0, 1, 2]), {}),

@@ -73,6 +73,54 @@ def test_learning_rate_tensor(name: str) -> None:
     assert ours.param_groups[0]["lr"] is lr
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_learning_rate_becomes_a_tensor(name: str) -> None:
+    """Of the same value, so that nothing seems to have changed; then that value changes in place."""
+    mine = parameters(shapes=[(70,)])
+    torchs = twins(mine)
+    optimizers = [
+        getattr(m, name)(p, lr=0.5) for m, p in ((fastopt.optim, mine), (torch.optim, torchs))
+    ]
+    for rate in (None, 0.5, 0.125, 0.25):
+        set_grads(mine, torchs)
+        for optimizer in optimizers:
+            group = optimizer.param_groups[0]
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            elif rate is not None:
+                group["lr"] = torch.tensor(rate)
+            optimizer.step()
+        assert_same(mine, torchs)
+
+
+def test_learning_rate_elsewhere() -> None:
+    """Not ignored: whatever torch makes of it."""
+    p = Parameter(torch.zeros(4))
+    p.grad = torch.ones(4)
+    optimizer = fastopt.optim.SGD([p], lr=1.0)
+    optimizer.param_groups[0]["lr"] = torch.tensor(1.0, device="meta")
+    with pytest.raises(RuntimeError, match="meta"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("case", [ADAM, RMSPROP], ids=str)
+def test_step_counters_stay_where_they_are(case: OptimizerCase) -> None:
+    """Others may have them in shared memory, or look at them from elsewhere."""
+    pair = Pair(case)
+    pair.step()
+    counters = [state["step"] for state in pair.ours.state.values()]
+    if DEVICE == "cpu":
+        for counter in counters:
+            counter.share_memory_()
+    places, views = [c.data_ptr() for c in counters], [c.detach() for c in counters]
+    pair.step()
+    for p in (pair.mine[2], pair.torchs[2]):
+        p.requires_grad_(False).grad = None
+    pair.step()
+    assert [c.data_ptr() for c in counters] == places
+    assert sorted({v.item() for v in views}) == [3.0]
+
+
 def test_closure() -> None:
     p = Parameter(torch.tensor([3.0]))
     optimizer = fastopt.optim.SGD([p], lr=0.1)

@@ -147,16 +147,23 @@ def test_hyperparameters_on_the_device() -> None:
         traced=[Traced(1, hyper.SGD._fields.index("lr"), lr)],
         row_of=np.array([1]),
         offsets=np.array([0, 40]),
-        addresses=np.array([[param.data_ptr()], [0], [grad.data_ptr()]]),
-        counters=None,
+        addresses=np.array([[param.data_ptr()], [0], [grad.data_ptr()], [0]]),
         counted_on_device=False,
     )
     slots = (torch.float32, None)
     update = multi_tensor.launcher(hyper.SGD, slots, torch.float32, None)(tables)
-    for rate in (0.5, 0.25):
-        lr.fill_(rate)
+    place = (1, hyper.SGD._fields.index("lr"))
+    known = tables.traced.copy()
+    for rate in (0.5, 0.25, None, 0.125, None):
+        if rate is None:  # a number again, each time the same
+            tables.traced.clear()
+            tables.hypers[place] = 2.0
+        else:
+            tables.traced[:] = known
+            tables.hypers[place] = np.nan
+            lr.fill_(rate)
         update(None, None)
-        expected -= rate * grad
+        expected -= (rate or 2.0) * grad
     torch.testing.assert_close(param, expected)
 
 

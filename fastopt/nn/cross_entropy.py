@@ -49,6 +49,8 @@ def _analyse(
     elif target.dtype not in _LABELS:
         special.append(f"a target of dtype {target.dtype}")
     if weight is not None:
+        if target.dtype == torch.uint8 and label_smoothing:
+            special.append("uint8 targets with weights and label smoothing, which torch refuses")
         if axis is None or weight.shape != (axis.classes,):
             special.append(f"a weight of size {tuple(weight.shape)}")
         elif weight.dtype != input.dtype and not autocasts(input.device):
@@ -139,10 +141,11 @@ def cross_entropy(
         >>> logits = model(tokens)                                   # (batch, length, vocab)
         >>> loss = fastopt.nn.functional.cross_entropy(logits.transpose(1, 2), next_tokens)
 
-    Reference: :func:`torch.nn.functional.cross_entropy`. It differs in one case: where the
+    Reference: :func:`torch.nn.functional.cross_entropy`. It differs in two cases. Where the
     logits are changed in place between the forward and the backward pass, backward raises
     (on the CPU unless it is the plain ``loss.backward()``), because the logits themselves are
-    kept for it, not a copy of their softmax.
+    kept for it, not a copy of their softmax. And the gradient to an ignored position is 0 even
+    where its logits are NaN or infinite.
     """
 
 

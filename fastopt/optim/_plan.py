@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _data_ptr, _numel = Tensor.data_ptr, Tensor.numel
 _grad, _dtype, _params = attrgetter("grad"), attrgetter("dtype"), itemgetter("params")
 _PLAIN = {Tensor, torch.nn.Parameter}
+_CPU = torch.device("cpu")
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -41,7 +42,7 @@ def _hypers(optimizer: PlannedStep) -> list[tuple[Any, ...]]:
 
 
 def _is_fixed(value: Any) -> bool:
-    """Whether a value can't change in place; a tensor or a list stays equal to itself then."""
+    """Whether a value can't change in place, as a tensor or a list can and stay itself."""
     return value is None or isinstance(value, (int, float, str)) or (
         isinstance(value, tuple) and all(map(_is_fixed, value))
     )  # fmt: skip
@@ -96,8 +97,7 @@ class StepPlan:
             same_states = _same(optimizer.state.values(), self._states)
         if not same_states or not all(bucket.holds(self._spans) for bucket in self._buckets):
             return False
-        hypers = _hypers(optimizer)
-        if self._fixed and hypers == self._hypers:
+        if self._fixed and all(map(_same, _hypers(optimizer), self._hypers)):
             return True
         if list(map(optimizer._flags, optimizer.param_groups)) != self._flags:
             return False
@@ -158,20 +158,18 @@ class Bucket:
             names.append("step")
         self._state_dicts = [optimizer.state[p] for p in params] if names else []
         self._lines = []  # (how to find a state, its tensors, their addresses)
-        addresses = np.zeros((len(optimizer._slots) + 2, len(params)), np.int64)
+        addresses = np.zeros((len(optimizer._slots) + 3, len(params)), np.int64)
         self._pointers = list(map(_data_ptr, params))
         addresses[0] = self._pointers
-        counters = None
         for name in names:
             tensors = [state[name] for state in self._state_dicts]
-            if name == "step":
-                counters = _side_by_side(tensors)
             pointers = list(map(_data_ptr, tensors))
-            if name != "step":
-                addresses[optimizer._slots.index(name) + 1] = pointers
+            line = -1 if name == "step" else optimizer._slots.index(name) + 1
+            addresses[line] = pointers
             self._lines.append((itemgetter(name), tensors, pointers))
         self.written = params + list(chain.from_iterable(line[1] for line in self._lines))
-        self.updated = self.written[: len(self.written) - len(params) * (counters is not None)]
+        counters = len(params) if kind.step is not None else 0
+        self.updated = self.written[: len(self.written) - counters]
 
         # Whether all are contiguous is cheaper to ask than their strides, and says as much.
         contiguous = all(map(Tensor.is_contiguous, params))
@@ -189,7 +187,6 @@ class Bucket:
             row_of=np.array([self._rows.index(key) for key in keys], np.int64),
             offsets=offsets,
             addresses=addresses,
-            counters=counters,
             counted_on_device=kind.counted_on_device,
         )
         self._set_grads(list(map(_data_ptr, map(_grad, params))))
@@ -197,15 +194,15 @@ class Bucket:
 
     def set_hypers(self, optimizer: PlannedStep) -> None:
         """Write the groups' hyperparameters into the launch's table."""
-        table, traced = self._tables.hypers, self._tables.traced
+        table, traced, device = self._tables.hypers, self._tables.traced, self._tables.device
         traced.clear()
         for row, (group, begins) in enumerate(self._rows):
             values = optimizer._hyper(optimizer.param_groups[group], begins)
             for field, value in enumerate(values):
-                if isinstance(value, Tensor) and value.device.type != "cpu":
+                if isinstance(value, Tensor) and value.device == device != _CPU:
                     traced.append(Traced(row, field, value))  # to read it would make the host wait
-                else:
-                    table[row, field] = value
+                    value = float("nan")  # so that a number that comes later is one that's new
+                table[row, field] = value.item() if isinstance(value, Tensor) else value
 
     def forget_states(self) -> None:
         """Undo the beginning of states whose first step, with its own rule, didn't happen."""
@@ -250,7 +247,7 @@ class Bucket:
 
     def _set_grads(self, pointers: list[int]) -> None:
         self._grad_pointers = pointers
-        self._tables.addresses[-1] = pointers
+        self._tables.addresses[-2] = pointers
 
     def run(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Launch."""
@@ -258,15 +255,3 @@ class Bucket:
             self.forget_states()
         else:
             self._launch(grad_scale, found_inf)
-
-
-def _side_by_side(counters: list[Tensor]) -> Tensor:
-    """Move one-element tensors into one block of memory, which is returned.
-
-    They stay the same objects and seem unchanged, but can be counted on together.
-    """
-    block = torch.stack([c.detach().reshape(()) for c in counters])
-    storage = block.untyped_storage()
-    for k, counter in enumerate(counters):
-        counter.set_(storage, k, counter.shape, counter.stride())
-    return block

@@ -217,5 +217,5 @@ def backward(
 
 
 def _inverse(denominator: float) -> float:
-    """1 / denominator; inf where nothing counts: 0 * inf is the NaN that torch's mean gives."""
-    return 1.0 / denominator if denominator else math.inf
+    """1 / denominator; the mean of nothing is NaN, as torch's."""
+    return 1.0 / denominator if denominator else math.nan

@@ -40,17 +40,17 @@ def update_span(record: Any, slots: Any, grads: Any, begin: int, end: int) -> No
 
 
 @kernel
-def step_count(steps: Any, tensor: int) -> float:
+def step_count(step: Any, table: Any, position: int) -> float:
     """The step that this update is; 0 where the optimizer does not count."""
-    if steps is None:
+    if step is None:
         return 0.0
-    return np.float64(load(steps, tensor)) + 1.0
+    return np.float64(load(at(step, load(table, position)), 0)) + 1.0
 
 
 @kernel
 def update_part(
     part: int, parts: int, rows: Any, row_of: Any, offsets: Any, table: Any, tensors: int,
-    slots: Any, grads: Any, steps: Any,
+    slots: Any, grads: Any, step: Any,
 ) -> None:  # fmt: skip
     total = load(offsets, tensors)
     begin = part * total // parts // ALIGN * ALIGN
@@ -68,7 +68,7 @@ def update_part(
         start = load(offsets, t)
         stop = min(load(offsets, t + 1), end)
         if stop > begin:
-            count_here = step_count(steps, t)
+            count_here = step_count(step, table, (len(slots) + 1) * tensors + t)
             row_here = load(row_of, t)
             if row_here != row or count_here != count:  # a power costs as much as 100 elements
                 row, count = row_here, count_here
@@ -83,14 +83,15 @@ def update_part(
 @region
 def update_all(
     parts: int, rows: Any, row_of: Any, offsets: Any, table: Any, tensors: int,
-    slots: Any, grads: Any, steps: Any,
+    slots: Any, grads: Any, step: Any,
 ) -> None:  # fmt: skip
     for part in prange(parts):
-        update_part(part, parts, rows, row_of, offsets, table, tensors, slots, grads, steps)
-    if steps is not None:
+        update_part(part, parts, rows, row_of, offsets, table, tensors, slots, grads, step)
+    if step is not None:
         for t in range(tensors):
-            count = load(steps, t)
-            store(steps, t, count + cast(1, count))
+            counter = at(step, load(table, (len(slots) + 1) * tensors + t))
+            count = load(counter, 0)
+            store(counter, 0, count + cast(1, count))
 
 
 @functools.cache
@@ -124,14 +125,13 @@ def launcher(
         pointer(dtype_name(grad), len(slots), compute),
         types.none if step is None else pointer(dtype_name(step), 7, dtype_name(step)),
     )
-    tag = (tuple(None if d is None else 0 for d in slots), 0)
+    tag = (tuple(None if d is None else 0 for d in slots), 0, None if step is None else 0)
 
     def bind(tables: Tables) -> Launch:
         arrays = (tables.hypers, tables.row_of, tables.offsets, tables.addresses)
         addresses = [array.ctypes.data for array in arrays]
         elements = int(tables.offsets[-1])
-        steps = None if tables.counters is None else tables.counters.data_ptr()
-        arguments = (*addresses, len(tables.row_of), *tag, steps)
+        arguments = (*addresses, len(tables.row_of), *tag)
 
         def update(grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
             if found_inf is not None and found_inf.item():

@@ -110,8 +110,8 @@ def tiling(
     blocks = -(-positions // rows)
     span = classes
     if classes > columns:
-        if not twice:
-            span = 4 * columns
+        if not twice:  # a grid has at most 65,535 programs along a row
+            span = columns * max(4, classes // (columns << 15))
         elif blocks < machine.processors:  # few long rows: split them
             splits = -(-2 * machine.processors // max(blocks, 1))
             span = -(-classes // (splits * columns)) * columns

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-_kept_for_graphs: list[torch.Tensor] = []
+_kept_for_graphs: dict[int, torch.Tensor] = {}
 
 
 def capturing(device: torch.device) -> bool:
@@ -30,7 +30,7 @@ def current_stream(device: torch.device) -> object:
 
 def keep_for_graph(tensor: torch.Tensor) -> torch.Tensor:
     """Never free this: a captured graph has its address."""
-    _kept_for_graphs.append(tensor)
+    _kept_for_graphs[id(tensor)] = tensor
     return tensor
 
 
@@ -48,29 +48,28 @@ class DeviceTable:
         self.uploads = 0
         self._device = device
         self._captures = captures
+        self._floats = host.dtype.kind == "f"
         self._seen: np.ndarray | None = None
         self._current = torch.empty(0, device=device)
         self._lay_by()
 
     def _lay_by(self) -> None:
-        pinned, there = self._room(self._captures)
-        self._laid_by = list(zip(pinned, there, strict=True))
+        self._laid_by = [self._room() for _ in range(self._captures)]
 
-    def _room(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        pinned: torch.Tensor = torch.from_numpy(
-            np.empty((count, *self.host.shape), self.host.dtype)
-        )
+    def _room(self) -> tuple[torch.Tensor, torch.Tensor]:
+        pinned: torch.Tensor = torch.from_numpy(np.empty_like(self.host))
         if self._device.type != "cpu":
             pinned = pinned.pin_memory()
         return pinned, torch.empty_like(pinned, device=self._device)
 
     def current(self) -> torch.Tensor:
         """The copy on the device, up to date for all that is launched from now on."""
-        changed = self._seen is None or not np.array_equal(self._seen, self.host)
+        seen = self._seen
+        changed = seen is None or not np.array_equal(seen, self.host, equal_nan=self._floats)
         if capturing(self._device):
             return self._captured_copy() if changed else keep_for_graph(self._current)
         if changed:
-            (pinned,), (self._current,) = self._room(1)
+            pinned, self._current = self._room()
             self._copy(pinned, self._current)
             self._seen = self.host.copy()
             self.uploads += 1

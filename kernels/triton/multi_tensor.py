@@ -13,6 +13,7 @@ rewrites the gradients (4 more).
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 
 from ..tables import Launch, Tables
 from .compiler import TYPES, compute_dtype, launch
-from .device_table import DeviceTable, capturing, current_stream, keep_for_graph
+from .device_table import DeviceTable, capturing, current_stream
 from .formulas import CONSTANTS, UPDATE, unchanged
 from .updates import ALIGNED, COUNT, FIRST, derive, update_blocks
 
@@ -42,8 +43,20 @@ def block_size(dtype: torch.dtype) -> int:
 class Update:
     """The launches of one bucket, bound to its tables."""
 
-    def __init__(self, record: Any, dtypes: tuple[torch.dtype | None, ...], tables: Tables) -> None:
+    def __init__(
+        self,
+        record: Any,
+        dtypes: tuple[torch.dtype | None, ...],
+        step: torch.dtype | None,
+        tables: Tables,
+    ) -> None:
+        """dtypes: of the slots and of the gradients; step: of the counters."""
         self._tables = tables
+        self._step = None if step is None else TYPES[step]
+        self._counters: list[Any] = []  # those on the host
+        if step is not None and not tables.counted_on_device:
+            number = ctypes.c_double if step == torch.float64 else ctypes.c_float
+            self._counters = list(map(number.from_address, tables.addresses[-1].tolist()))
         self._dtypes = tuple(None if d is None else TYPES[d] for d in dtypes)
         self._used = [k for k, d in enumerate(dtypes) if d is not None]
         self._compute = compute_dtype(dtypes[0])  # type: ignore[arg-type]
@@ -52,7 +65,7 @@ class Update:
         self._constants_of, self._fields = CONSTANTS.get(record, (unchanged, len(record._fields)))
         # Every line of addresses, and for each tensor how many elements it has, its first block,
         # and whether all of its addresses are multiples of 16 bytes.
-        self._lines = np.zeros((len(dtypes) + 3, len(tables.row_of)), np.int64)
+        self._lines = np.zeros((len(tables.addresses) + 3, len(tables.row_of)), np.int64)
         self._per_step = record in CONSTANTS
         self._bind()
 
@@ -62,8 +75,8 @@ class Update:
         sizes = np.diff(t.offsets)
         blocks = -(-sizes // self._block)
         self._blocks = int(blocks.sum())
-        self._lines[len(self._dtypes) + COUNT] = sizes
-        self._lines[len(self._dtypes) + FIRST] = np.cumsum(blocks) - blocks
+        self._lines[len(t.addresses) + COUNT] = sizes
+        self._lines[len(t.addresses) + FIRST] = np.cumsum(blocks) - blocks
         tensor_of = np.repeat(np.arange(len(blocks), dtype=np.int32), blocks)
         # Gradients and hyperparameters may be others in a captured step than before.
         self._table, self._hypers = (
@@ -85,7 +98,7 @@ class Update:
         constants = self._constants
         captured = capturing(t.device)
         if captured:  # replays must not see what later steps write there
-            constants = keep_for_graph(self._empty_constants())
+            constants = self._empty_constants()
         elif current_stream(t.device) != self._stream:
             self._bind()
             constants = self._constants
@@ -97,24 +110,32 @@ class Update:
             None if x is None else x.to(t.device, non_blocking=True)
             for x in (grad_scale, found_inf)
         )
-        self._derive(constants, found_inf, captured)
+        table = self._table.current()
+        self._derive(table, constants, found_inf, captured)
         launch(
-            update_blocks, (self._blocks,), t.device, THREADS, self._table.current(),
+            update_blocks, (self._blocks,), t.device, THREADS, table,
             self._tensor_of.current(), constants, len(t.row_of), grad_scale, found_inf,
             DTYPES=self._dtypes, USES=self._dtypes[1:-1], FORMULA=self._update, FIELDS=self._fields,
             COMPUTE=self._compute, BLOCK=self._block,
         )  # fmt: skip
-        if t.counters is not None and not t.counted_on_device:
-            t.counters.add_(1 if found_inf is None or found_inf.item() == 0 else 0)
+        if self._counters and (found_inf is None or found_inf.item() == 0):
+            for counter in self._counters:
+                counter.value += 1.0
 
-    def _derive(self, constants: torch.Tensor, found_inf: torch.Tensor | None, anew: bool) -> None:
+    def _derive(
+        self,
+        table: torch.Tensor,
+        constants: torch.Tensor,
+        found_inf: torch.Tensor | None,
+        anew: bool,
+    ) -> None:
         """Bring the constants up to date, and counters on the device."""
         t = self._tables
         steps = behind = step = None
-        if t.counters is not None and t.counted_on_device:
-            steps = t.counters
-        elif t.counters is not None and self._per_step:
-            counts = t.counters.numpy()
+        if self._step is not None and t.counted_on_device:
+            steps = table[len(self._dtypes)]
+        elif self._per_step:
+            counts = np.array([counter.value for counter in self._counters])
             step = float(counts.max()) + 1.0
             self._behind.host[:] = counts.max() - counts
             behind = self._behind.current()
@@ -126,7 +147,7 @@ class Update:
             return
         launch(
             derive, (-(-len(t.row_of) // 128),), t.device, 128, hypers, self._row_of.current(),
-            steps, behind, step, found_inf, constants, len(t.row_of),
+            steps, behind, step, found_inf, constants, len(t.row_of), STEP=self._step,
             FORMULA=self._constants_of, FIELDS=t.hypers.shape[1], COMPUTE=self._compute, BLOCK=128,
         )  # fmt: skip
 
@@ -153,7 +174,7 @@ def launcher(
             "an optimizer's first step, or its first after parameters, states or options changed, "
             "can't be captured in a CUDA graph: take a step before the capture"
         )
-    return functools.partial(Update, record, (*slots, grad))
+    return functools.partial(Update, record, (*slots, grad), step)
 
 
 def describe_step(param: torch.dtype, sizes: list[int]) -> str:

@@ -26,7 +26,9 @@ def finish(partials, count, masses, mass_count, divisor, loss, BLOCK: tl.constex
     """loss = the sum of the partial sums over the sum of the masses, or over divisor."""
     total = sum_all(partials, count, BLOCK)
     if masses is not None:
-        total = quotient(total, sum_all(masses, mass_count, BLOCK))
+        whole = sum_all(masses, mass_count, BLOCK)
+        # of nothing the mean is NaN, even where label smoothing has left a loss
+        total = tl.where(whole != 0.0, quotient(total, whole), float("nan"))
     elif divisor is not None:
         total = quotient(total, tl.cast(divisor, total.dtype))
     tl.store(loss, total)

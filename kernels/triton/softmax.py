@@ -221,7 +221,8 @@ def softmax_rows(
         else:
             scale *= tl.load(grad_output).to(COMPUTE)
     if target_masses is not None:
-        scale /= sum_all(target_masses, target_mass_count, 128)
+        whole = sum_all(target_masses, target_mass_count, 128)
+        scale = tl.where(whole != 0.0, scale / whole, float("nan"))
     elif divisor is not None:
         scale /= tl.cast(divisor, COMPUTE)
 

@@ -1,8 +1,8 @@
 """The traversal of an optimizer's tensors: a block of one tensor a program.
 
 A table on the device has a line of int64 for each slot (the addresses of the parameters and of
-each state), one for the gradients' addresses, and the three below, each with an entry for
-every tensor.
+each state), for the gradients' and for the step counters' addresses, and the three below, each
+with an entry for every tensor.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def entries(table, place, stride, COUNT: tl.constexpr):
 
 @kernel
 def derive(
-    hypers, row_of, steps, behind, step, found_inf, constants, tensors, FORMULA: tl.constexpr,
-    FIELDS: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    hypers, row_of, steps, behind, step, found_inf, constants, tensors, STEP: tl.constexpr,
+    FORMULA: tl.constexpr, FIELDS: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The constants of each tensor at this step, and counters on the device one further.
 
-    steps: the counters; or, where they are on the host, step is the largest of their new
-    values, and behind how many each is behind.
+    steps: the table's line of the counters' addresses, and STEP their dtype. Where they are on
+    the host, step is the largest of their new values, and behind how many each is behind.
     """
     tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = tensor < tensors
@@ -41,11 +41,12 @@ def derive(
     for k in tl.static_range(FIELDS):
         values = values + (tl.load(hypers + row * FIELDS + k),)
     if steps is not None:
-        count = tl.load(steps + tensor, mask=inside, other=0.0)
+        counter = tl.load(steps + tensor, mask=inside, other=0).to(tl.pointer_type(STEP))
+        count = tl.load(counter, mask=inside, other=0.0)
         done = count + 1
         if found_inf is not None:
             done = tl.where(tl.load(found_inf) == 0, done, count)
-        tl.store(steps + tensor, done, mask=inside)
+        tl.store(counter, done, mask=inside)
         now = count.to(tl.float64) + 1
     elif behind is not None:
         now = tl.cast(step, tl.float64) - tl.load(behind + tensor, mask=inside, other=0.0)
@@ -102,7 +103,7 @@ def update_blocks(
         scale = 1.0 / tl.load(grad_scale).to(COMPUTE)
     program = tl.program_id(0)
     tensor = tl.load(tensor_of + program)
-    rest = table + len(DTYPES) * tensors + tensor
+    rest = table + (len(DTYPES) + 1) * tensors + tensor
     count, first, aligned = entries(rest, 0, tensors, 3)
     values = entries(constants, tensor, tensors, FIELDS)
     begin = (program - first) * BLOCK
