@@ -75,7 +75,7 @@ def test_learning_rate_tensor(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
 def test_learning_rate_becomes_a_tensor(name: str) -> None:
-    """Of the same value, so that nothing seems to have changed; then that value changes in place."""
+    """Of the same value, so that nothing seems to have changed, until it does so in place."""
     mine = parameters(shapes=[(70,)])
     torchs = twins(mine)
     optimizers = [

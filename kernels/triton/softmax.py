@@ -222,7 +222,7 @@ def softmax_rows(
             scale *= tl.load(grad_output).to(COMPUTE)
     if target_masses is not None:
         whole = sum_all(target_masses, target_mass_count, 128)
-        scale = tl.where(whole != 0.0, scale / whole, float("nan"))
+        scale /= tl.where(whole != 0.0, whole, float("nan"))
     elif divisor is not None:
         scale /= tl.cast(divisor, COMPUTE)
 
