@@ -18,7 +18,7 @@ from ._plan import StepPlan
 Group = dict[str, Any]
 
 # Counting on the host inside a CUDA graph would count once for all replays. Torch says so, in a
-# method that had another name before 2.10.
+# method that older versions have under another name.
 _check_capture: Callable[[Optimizer], None] = (
     getattr(Optimizer, "_accelerator_graph_capture_health_check", None)
     or Optimizer._cuda_graph_capture_health_check

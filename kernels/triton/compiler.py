@@ -88,9 +88,9 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
     return current
 
 
-def compute_dtype(dtype: torch.dtype) -> Any:
-    """The dtype to compute in, as Triton's: float32, or float64 for float64."""
-    return tl.float64 if dtype == torch.float64 else tl.float32
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def power_of_2(at_least: int) -> int:

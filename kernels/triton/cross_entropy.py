@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +34,7 @@ from .. import hyper
 from ..layout import ClassAxis, class_axis, dense_axis, view_along
 from ..reference import out_of_bounds
 from . import reduction
-from .compiler import Hardware, compute_dtype, hardware, launch, number, power_of_2
+from .compiler import TYPES, Hardware, compute_dtype, hardware, launch, number, power_of_2
 from .softmax import row_statistics, softmax_rows, target_mass
 
 # Elements in registers of a program's tile, 16 a thread: two (bfloat16) or four (float32)
@@ -173,7 +172,7 @@ def _prepare(options: hyper.Loss, tensors: tuple[torch.Tensor | None, ...]) -> _
     else:
         target = target.contiguous()
         if smoothing and weight is not None:
-            weight_sum = weight.sum(dtype=reduction.partial_dtype(input.dtype))
+            weight_sum = weight.sum(dtype=compute_dtype(input.dtype))
         if target.device.type == "cpu":  # in the interpreter nobody waits for a host's look
             wrong = ((target < 0) | (target >= axis.classes)) & (target != ignore_index)
             if wrong.any():
@@ -193,16 +192,16 @@ def _target_masses(call: _Call) -> torch.Tensor | None:
     launch(
         target_mass, (programs,), call.input.device, 256, call.target, call.weight, masses,
         call.positions, -(-call.positions // programs), call.axis.classes, call.ignore_index,
-        COMPUTE=compute_dtype(call.input.dtype), BLOCK=1024,
+        COMPUTE=TYPES[compute_dtype(call.input.dtype)], BLOCK=1024,
     )  # fmt: skip
     return masses
 
 
 def _constants(call: _Call, cut: Tiling) -> dict[str, Any]:
     """The compile-time arguments that both kernels have."""
-    double = call.input.dtype == torch.float64
+    compute = compute_dtype(call.input.dtype)
     return {
-        "COMPUTE": compute_dtype(call.input.dtype),
+        "COMPUTE": TYPES[compute],
         "SMOOTH": call.smooth != 0,
         "FLAT": call.axis.outer == 1,
         "UNIT": call.axis.class_stride == 1,
@@ -211,7 +210,7 @@ def _constants(call: _Call, cut: Tiling) -> dict[str, Any]:
         "ROWS": cut.rows,
         "COLUMNS": cut.columns,
         "STAGES": _stages(call, cut),
-        "LOWEST": -sys.float_info.max if double else torch.finfo(torch.float32).min,
+        "LOWEST": torch.finfo(compute).min,
     }
 
 

@@ -89,9 +89,8 @@ class Update:
         self._stream = current_stream(t.device)
 
     def _empty_constants(self) -> torch.Tensor:
-        dtype = torch.float64 if self._dtypes[0] == TYPES[torch.float64] else torch.float32
         shape = (self._fields, len(self._tables.row_of))
-        return torch.empty(shape, dtype=dtype, device=self._tables.device)
+        return torch.empty(shape, dtype=self._compute, device=self._tables.device)
 
     def __call__(self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
         t = self._tables
@@ -116,7 +115,7 @@ class Update:
             update_blocks, (self._blocks,), t.device, THREADS, table,
             self._tensor_of.current(), constants, len(t.row_of), grad_scale, found_inf,
             DTYPES=self._dtypes, USES=self._dtypes[1:-1], FORMULA=self._update, FIELDS=self._fields,
-            COMPUTE=self._compute, BLOCK=self._block,
+            COMPUTE=TYPES[self._compute], BLOCK=self._block,
         )  # fmt: skip
         if self._counters and (found_inf is None or found_inf.item() == 0):
             for counter in self._counters:
@@ -148,7 +147,8 @@ class Update:
         launch(
             derive, (-(-len(t.row_of) // 128),), t.device, 128, hypers, self._row_of.current(),
             steps, behind, step, found_inf, constants, len(t.row_of), STEP=self._step,
-            FORMULA=self._constants_of, FIELDS=t.hypers.shape[1], COMPUTE=self._compute, BLOCK=128,
+            FORMULA=self._constants_of, FIELDS=t.hypers.shape[1],
+            COMPUTE=TYPES[self._compute], BLOCK=128,
         )  # fmt: skip
 
 
@@ -158,13 +158,7 @@ def launcher(
     grad: torch.dtype,
     step: torch.dtype | None,
 ) -> Callable[[Tables], Launch]:
-    """The update for one kind of bucket, to be bound to a bucket's tables.
-
-    Args:
-        record: type of the hyperparameter record.
-        slots: dtypes of the parameter and of each state, None for an unused state.
-        grad: dtype of the gradients.
-        step: dtype of the step counters, or None.
+    """The update for one kind of bucket; arguments as those of the CPU backend's.
 
     Raises:
         RuntimeError: a CUDA graph is being captured; tables and states have to be there before.

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from .. import hyper
 from . import reduction
-from .compiler import as_number, compute_dtype, device_function, kernel, launch, number
+from .compiler import TYPES, as_number, compute_dtype, device_function, kernel, launch, number
 from .formulas import VALUE_AND_GRAD
 from .vector_math import quotient
 
@@ -109,7 +109,7 @@ def _run(
     launch(
         pointwise_blocks, (_programs(count),), input.device, THREADS, input, target, record,
         values, *grads, upstream, grad_output, partials, _divisor(options, input), count,
-        FORMULA=VALUE_AND_GRAD[type(options.hyper)], COMPUTE=compute_dtype(options.dtype),
+        FORMULA=VALUE_AND_GRAD[type(options.hyper)], COMPUTE=TYPES[compute_dtype(options.dtype)],
         READY=ready,
         WIDE=count + BLOCK >= 2**31, BLOCK=BLOCK,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from .compiler import device_function, kernel, launch
+from .compiler import compute_dtype, device_function, kernel, launch
 from .vector_math import quotient
 
 BLOCK = 2048
@@ -50,13 +50,8 @@ def reduce(
     return loss
 
 
-def partial_dtype(dtype: torch.dtype) -> torch.dtype:
-    """That of partial sums over tensors of a dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def empty_partials(
     count: int, like: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """Uninitialised room for partial sums over `like`, or over tensors of another dtype there."""
-    return like.new_empty(count, dtype=partial_dtype(dtype or like.dtype))
+    return like.new_empty(count, dtype=compute_dtype(dtype or like.dtype))

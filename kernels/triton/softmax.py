@@ -15,6 +15,17 @@ from .reduction import sum_all
 
 
 @device_function
+def part(span, x, WIDE: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr):
+    """A program's positions, and the classes from where to where."""
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    begin = tl.program_id(1) * span
+    end = tl.minimum(begin + span, x.classes) // STEP * STEP
+    return program * ROWS + tl.arange(0, ROWS), begin, end
+
+
+@device_function
 def row_starts(row, axis, FLAT: tl.constexpr, STEP: tl.constexpr):
     """Where each position's first class lies.
 
@@ -106,13 +117,8 @@ def row_statistics(
 ):  # fmt: skip
     """The statistics of `span` classes of some positions, into line program_id(1)."""
     kept, smooth = as_number(kept, COMPUTE), as_number(smooth, COMPUTE)
-    program = tl.program_id(0)
-    if WIDE:
-        program = program.to(tl.int64)
-    row = program * ROWS + tl.arange(0, ROWS)
+    row, begin, end = part(span, x, WIDE, STEP, ROWS)
     inside = row < rows
-    begin = tl.program_id(1) * span
-    end = tl.minimum(begin + span, x.classes) // STEP * STEP
     starts, t_starts = row_starts(row, x, FLAT, STEP), row_starts(row, t, FLAT, STEP)
     top, total, mass = statistics(
         input, probability, weight, starts, t_starts, inside, begin, end, x, t, kept, smooth,
@@ -146,13 +152,8 @@ def softmax_rows(
     if READY:
         if tl.load(grad_output) == 1.0:
             return
-    program = tl.program_id(0)
-    if WIDE:
-        program = program.to(tl.int64)
-    row = program * ROWS + tl.arange(0, ROWS)
+    row, begin, end = part(span, x, WIDE, STEP, ROWS)
     inside = row < rows
-    begin = tl.program_id(1) * span
-    end = tl.minimum(begin + span, x.classes) // STEP * STEP
     starts, t_starts = row_starts(row, x, FLAT, STEP), row_starts(row, t, FLAT, STEP)
     column = tl.arange(0, COLUMNS)
 

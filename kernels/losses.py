@@ -1,0 +1,66 @@
+"""What a compiled backend offers for losses, and which of its loops serves a call."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from . import hyper
+
+__all__ = ["Loops", "Tensors"]
+
+Tensors = tuple[torch.Tensor | None, ...]
+
+
+class Loops(NamedTuple):
+    """A backend's two loops, each a module with `forward` and `backward` as below."""
+
+    pointwise: ModuleType
+    cross_entropy: ModuleType
+
+    def of(self, options: hyper.Loss) -> ModuleType:
+        """The one that serves a loss."""
+        crosses = isinstance(options.hyper, hyper.CrossEntropy)
+        return self.cross_entropy if crosses else self.pointwise
+
+    def forward(
+        self, options: hyper.Loss, tensors: Tensors, needs: tuple[bool, ...]
+    ) -> tuple[torch.Tensor, Tensors | None, Any]:
+        """The loss, and perhaps its gradients for a grad_output of 1.
+
+        Args:
+            options: the call without its tensors.
+            tensors: as the public function takes them; None where it was given none.
+            needs: for each of them, whether its gradient will be asked for.
+
+        Returns:
+            The loss; a gradient for each tensor that needs one, or None in place of the
+            gradients where they are left to `backward`; and what else that wants to see again.
+        """
+        result: tuple[torch.Tensor, Tensors | None, Any]
+        result = self.of(options).forward(options, tensors, needs)
+        return result
+
+    def backward(
+        self,
+        options: hyper.Loss,
+        tensors: Tensors,
+        grads: Tensors | None,
+        kept: Any,
+        grad_output: torch.Tensor,
+        needs: tuple[bool, ...],
+    ) -> Tensors:
+        """The gradients for any grad_output, computed from the tensors.
+
+        Args:
+            options, tensors, needs: as `forward` had them.
+            grads: those that `forward` left, to be overwritten; None if they have been given
+                away.
+            kept: what else it left.
+            grad_output: of the loss's shape.
+        """
+        result: Tensors
+        result = self.of(options).backward(options, tensors, grads, kept, grad_output, needs)
+        return result
