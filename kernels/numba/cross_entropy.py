@@ -131,10 +131,11 @@ def _run(
     """Compute the losses of all positions, their scaled sum and the gradient, each if wanted.
 
     The gradient is scale * upstream[position] times the derivative of a position's loss,
-    or scale times it without upstream; loss is scale times the sum of the losses.
+    or scale times it without upstream; loss is the sum of the losses over the denominator.
     """
     x = call.axis
     rows = x.outer * x.inner
+    divisor = call.denominator or math.nan  # the mean of nothing is NaN, as torch's
     tensors = (
         call.input, call.target, call.probability, call.weight, call.smooth, losses, grad,
         upstream, loss,
@@ -146,7 +147,7 @@ def _run(
     if x.class_stride == 1 and (x.classes >= LONG_ROW or call.target is None):
         t = x if call.probability is None else _axis(call.probability)
         _launcher(softmax_rows, *dtypes)(
-            parts, *addresses, scale, call.hard, scale, 0.0, call.ignore_index, x.classes, x.inner,
+            parts, *addresses, divisor, call.hard, scale, 0.0, call.ignore_index, x.classes, x.inner,
             rows, x.outer_stride, x.inner_stride, t.outer_stride, t.inner_stride,
         )  # fmt: skip
         return
@@ -167,7 +168,7 @@ def _run(
     g = dense_axis(x)
     del addresses[2]
     _launcher(softmax_tiles, *dtypes)(
-        parts, *addresses, scale, *columns, call.hard, mass, scale, 0.0, call.ignore_index,
+        parts, *addresses, divisor, *columns, call.hard, mass, scale, 0.0, call.ignore_index,
         x.classes, x.inner, rows, x.outer_stride, x.inner_stride, x.class_stride,
         g.outer_stride, g.inner_stride, g.class_stride, width,
     )  # fmt: skip
@@ -217,5 +218,5 @@ def backward(
 
 
 def _inverse(denominator: float) -> float:
-    """1 / denominator; the mean of nothing is NaN, as torch's."""
+    """1 / denominator, NaN for 0."""
     return 1.0 / denominator if denominator else math.nan

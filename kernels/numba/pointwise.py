@@ -27,7 +27,7 @@ from .vector_math import cast
 
 # Elements summed in the compute dtype before the sum moves to float64. Chunks are the
 # same for any number of threads, and so is the result, to the bit.
-CHUNK = 2048
+CHUNK = 512
 GRAIN = 32_768
 
 
@@ -55,9 +55,9 @@ def chunk_sum(
 @region
 def pointwise_all(
     parts: int, record: Any, input: Any, target: Any, values: Any, grad_input: Any,
-    grad_target: Any, upstream: Any, sums: Any, loss: Any, scale: Any, count: int,
+    grad_target: Any, upstream: Any, sums: Any, loss: Any, scale: Any, divisor: float, count: int,
 ) -> None:  # fmt: skip
-    """loss = scale * the sum of the values. sums is scratch memory, a number a chunk."""
+    """loss = the sum of the values / divisor. sums is scratch memory, a number a chunk."""
     chunks = (count + CHUNK - 1) // CHUNK
     for part in prange(parts):
         for chunk in range(part * chunks // parts, (part + 1) * chunks // parts):
@@ -69,7 +69,7 @@ def pointwise_all(
             if sums is not None:
                 store(sums, chunk, total)
     if sums is not None:
-        store(loss, 0, np.float64(scale) * sum_all(sums, chunks))
+        store(loss, 0, sum_all(sums, chunks) / divisor)
 
 
 @functools.cache
@@ -79,16 +79,22 @@ def _launcher(record: Hashable, *dtypes: torch.dtype | None) -> Launcher:
     widths = [compute] * 6 + ["float64"] * 2
     slots = [optional_pointer(d, k, w) for k, (d, w) in enumerate(zip(dtypes, widths, strict=True))]
     number = getattr(types, compute)
-    return Launcher(pointwise_all, record_type(record, number), *slots, number, types.intp)
+    return Launcher(
+        pointwise_all, record_type(record, number), *slots, number, types.float64, types.intp
+    )
 
 
-def _run(record: Any, scale: float, *tensors: torch.Tensor | None) -> None:
+def _run(options: hyper.Loss, grad_output: float, *tensors: torch.Tensor | None) -> None:
     """Launch over (input, target, values, grad_input, grad_target, upstream, sums, loss)."""
     count = tensors[0].numel()  # type: ignore[union-attr]
-    kind: Hashable = record.__class__
+    divisor = 1.0
+    if options.reduction == "mean":
+        divisor = float(count) or math.nan  # the mean of nothing is NaN, as torch's
+    kind: Hashable = options.hyper.__class__
     launch = _launcher(kind, *[None if t is None else t.dtype for t in tensors])
     addresses = [None if t is None else t.data_ptr() for t in tensors]
-    launch(parts_for(count, GRAIN), record, *addresses, scale, count)
+    scale = grad_output / divisor
+    launch(parts_for(count, GRAIN), options.hyper, *addresses, scale, divisor, count)
 
 
 def _empty_grad(tensor: torch.Tensor, need: bool) -> torch.Tensor | None:
@@ -109,14 +115,12 @@ def forward(
     input, target = tensors
     if options.reduction == "none":
         values = torch.empty_like(input, dtype=options.dtype)
-        _run(options.hyper, 1.0, input, target, values, None, None, None, None, None)
+        _run(options, 1.0, input, target, values, None, None, None, None, None)
         return values, None, None
     grads = tuple(map(_empty_grad, tensors, needs))
     sums = input.new_empty(-(-input.numel() // CHUNK), dtype=torch.float64)
     loss = input.new_empty((), dtype=options.dtype)
-    _run(
-        options.hyper, _scale(options, input), input, target, None, *grads, None, sums, loss
-    )  # fmt: skip
+    _run(options, 1.0, input, target, None, *grads, None, sums, loss)
     return loss, grads if any(needs) else None, None
 
 
@@ -131,17 +135,10 @@ def backward(
     """The gradients for any grad_output, computed anew from the inputs."""
     input, target = tensors
     grads = grads or tuple(map(_empty_grad, tensors, needs))
-    upstream, scale = None, 1.0
     if options.reduction == "none":
         # in the layout of the input, element for element
         upstream = torch.empty_like(input, dtype=grad_output.dtype).copy_(grad_output)
+        _run(options, 1.0, input, target, None, *grads, upstream, None, None)
     else:
-        scale = grad_output.item() * _scale(options, input)
-    _run(options.hyper, scale, input, target, None, *grads, upstream, None, None)
+        _run(options, grad_output.item(), input, target, None, *grads, None, None, None)
     return grads
-
-
-def _scale(options: hyper.Loss, input: torch.Tensor) -> float:
-    if options.reduction != "mean":
-        return 1.0
-    return 1.0 / input.numel() if input.numel() else math.nan

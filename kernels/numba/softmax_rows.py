@@ -124,7 +124,7 @@ def skip_row(r: int, losses: Any, grad: Any, classes: int, zero: Any) -> None:
 @region
 def softmax_rows(
     parts: int, x: Any, target: Any, probability: Any, weight: Any, smooth: Any, losses: Any,
-    grad: Any, upstream: Any, loss: Any, loss_scale: float, hard: float, scale: float, zero: Any,
+    grad: Any, upstream: Any, loss: Any, divisor: float, hard: float, scale: float, zero: Any,
     ignore_index: int, classes: int, inner: int, rows: int, x_outer: int, x_inner: int,
     t_outer: int, t_inner: int,
 ) -> None:  # fmt: skip
@@ -166,4 +166,4 @@ def softmax_rows(
                     g = chosen_gradient(p, share, mass, smooth, label)
                     store(grad, r * classes + label, cast(factor * g, zero))
     if loss is not None:
-        store(loss, 0, loss_scale * sum_all(losses, rows))
+        store(loss, 0, sum_all(losses, rows) / divisor)

@@ -124,7 +124,7 @@ def finish_labels(
 @region
 def softmax_tiles(
     parts: int, x: Any, target: Any, weight: Any, smooth: Any, losses: Any, grad: Any,
-    upstream: Any, loss: Any, loss_scale: float, tile: Any, tops: Any, sums: Any, totals: Any,
+    upstream: Any, loss: Any, divisor: float, tile: Any, tops: Any, sums: Any, totals: Any,
     dots: Any, hard: float, mass: float, scale: float, zero: Any, ignore_index: int,
     classes: int, inner: int, rows: int, x_outer: int, x_inner: int, x_class: int,
     g_outer: int, g_inner: int, g_class: int, width: int,
@@ -181,4 +181,4 @@ def softmax_tiles(
                     ignore_index, zero,
                 )  # fmt: skip
     if loss is not None:
-        store(loss, 0, loss_scale * sum_all(losses, rows))
+        store(loss, 0, sum_all(losses, rows) / divisor)
