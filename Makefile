@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 KERNEL_TESTS := $(addprefix tests/test_,losses.py loss_contract.py optimizers.py \
 	optimizer_contract.py triton.py)
 
-.PHONY: demo test gpu-check bench lint clean
+.PHONY: demo test fuzz gpu-check bench docs lint clean
 
 demo: $(STAMP)  ## train a language model with torch and with fastopt, side by side
 	$(BIN)/python bench/train.py $(ARGS)
@@ -15,11 +15,18 @@ test: $(STAMP) lint  ## style, types, and every test, those of the kernels on Tr
 	$(BIN)/python -m pytest $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(ARGS) $(KERNEL_TESTS)
 
+fuzz: $(STAMP)  ## random calls by the thousand against torch's
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_fuzz.py $(ARGS)
+
 gpu-check:  ## on a machine with a GPU: its tests and its benchmark, into one file; installs nothing
 	$(PYTHON) bench/gpu_check.py $(ARGS)
 
 bench: $(STAMP)  ## every loss and optimizer against torch
 	$(BIN)/python bench/run.py $(ARGS)
+
+docs: $(STAMP)  ## the pages that are written by the code itself
+	$(BIN)/python docs/contract.py
+	$(BIN)/python docs/accuracy.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

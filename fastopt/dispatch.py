@@ -125,7 +125,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _names(values: Iterable[object]) -> str:
-    words = (_name(v) if isinstance(v, torch.dtype) else str(v) for v in values)
+    words = {_name(v) if isinstance(v, torch.dtype) else str(v) for v in values}
     return ", ".join(sorted(words)) or "none"
 
 
