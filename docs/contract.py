@@ -61,6 +61,12 @@ TAIL = """\
 - **A GradScaler with fused=True** has its scale taken out in the kernel; `p.grad` keeps it.
 - **Strided parameters under fused=True** are updated rightly. Torch's fused CPU step writes
   between their elements.
+- **Centered RMSprop** takes a variance that rounding has made negative for 0; torch's root of it
+  is NaN.
+- **An error in one group** stops a step before anything is written, but for what torch's own code
+  was to update; torch has updated the groups before it.
+- **States and gradients of other dtypes** than the parameter's (float32 states of a bfloat16
+  parameter, say) are computed with, where torch refuses some of them.
 - **Precision**: bfloat16 and float16 are computed in float32 and rounded once, so results are
   closer to the exact ones than torch's ([how close](accuracy.md)) and now and then finite where
   torch's overflow.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BACKEND, DEVICE, OPTIMIZERS, OptimizerCase
+from cases import BACKEND, DEVICE, FLOATS, OPTIMIZERS, OptimizerCase
 from test_optimizers import (
     ADAM,
     RMSPROP,
@@ -393,3 +393,15 @@ def test_default_device_elsewhere(name: str) -> None:
             else:
                 outcomes.append(p.tolist())
     assert outcomes[0] == pytest.approx(outcomes[1])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_centered_variance_is_never_negative(dtype: torch.dtype) -> None:
+    """Under a constant gradient it is 0 but for rounding, of which torch takes a root at times."""
+    p = Parameter(torch.zeros(4099, dtype=dtype))
+    optimizer = fastopt.optim.RMSprop([p], lr=1e-6, alpha=0.5, eps=1.0, centered=True)
+    for _ in range(40):
+        p.grad = torch.linspace(-3, 3, 4099).to(dtype)
+        with fastopt.use_backend(BACKEND):
+            optimizer.step()
+    assert p.isfinite().all()

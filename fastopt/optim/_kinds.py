@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -72,6 +73,8 @@ def shares(optimizer: PlannedStep, without_grads: bool = False) -> list[Share]:
     touched: list[Tensor] = []
     read: list[Tensor] = []
     for place, group in enumerate(optimizer.param_groups):
+        special = group_specials(optimizer, group)
+        read += [t for t in group.values() if isinstance(t, Tensor)]
         for param in group["params"]:
             grad = param.grad
             if grad is None:
@@ -81,7 +84,7 @@ def shares(optimizer: PlannedStep, without_grads: bool = False) -> list[Share]:
             else:
                 read.append(grad)
             state = optimizer.state.get(param, {})
-            kind = _kind(optimizer, group, param, grad, state)
+            kind = _kind(optimizer, group, special, param, grad, state)
             by_kind.setdefault(kind, []).append(Member(param, place))
             touched.append(param)
             touched += [t for t in state.values() if isinstance(t, Tensor)]
@@ -111,30 +114,94 @@ def _request(optimizer: PlannedStep, kind: Kind, members: list[Member]) -> Reque
     )
 
 
+# -- what only torch can serve, or has to refuse ------------------------------------------
+
+
+@functools.cache
+def _torchs_defaults(operation: str) -> dict[str, Any]:
+    defaults: dict[str, Any] = getattr(torch.optim, operation)([torch.zeros(1)]).defaults
+    return defaults
+
+
+def group_specials(optimizer: PlannedStep, group: dict[str, Any]) -> tuple[str, ...]:
+    """Why only torch can update a group's parameters, or say what is wrong with it."""
+    defaults = _torchs_defaults(optimizer._operation)
+    special = [f"no {name!r} in its group" for name in defaults if name not in group]
+    if special:
+        return tuple(special)
+    if group.get("differentiable"):
+        special.append("differentiable=True")
+    for name, default in defaults.items():
+        if default is None or isinstance(default, bool):
+            continue  # a flag, of which only its truth counts
+        value = group[name]
+        numbers = value if isinstance(default, tuple) else (value,)
+        if not isinstance(numbers, (tuple, list)) or len(numbers) != (
+            len(default) if isinstance(default, tuple) else 1
+        ):
+            special.append(f"{name}={value!r}")
+            continue
+        for number in numbers:
+            if isinstance(number, Tensor):
+                fits = number.dim() == 0 or (name in _TENSORS and number.numel() == 1)
+                refused = group.get("foreach") and not group.get("capturable")
+                served = fits and number.is_floating_point()
+                served = served and not (refused and not optimizer._foreach_takes_tensors)
+            else:
+                served = _is_number(number) and (name not in optimizer._rates or 0 <= number < 1)
+            if not served:
+                special.append(f"{name}={value!r}")
+                break
+    return tuple(special)
+
+
+_TENSORS = ("lr", "betas")
+_LARGEST = float(np.finfo(np.float64).max)
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and -_LARGEST <= value <= _LARGEST
+
+
+def fits_torchs_fused(param: Tensor) -> bool:
+    """Whether torch's fused step may have a parameter: it never looks at strides."""
+    grad = param.grad
+    if grad is None or param.layout is not torch.strided or grad.layout is not torch.strided:
+        return True
+    return is_dense(param) and same_layout(param, grad)
+
+
 def _kind(
     optimizer: PlannedStep,
     group: dict[str, Any],
+    group_special: tuple[str, ...],
     param: Tensor,
     grad: Tensor,
     state: dict[str, Any],
 ) -> Kind:
-    special = ["differentiable=True"] if group.get("differentiable") else []
+    special = list(group_special)
     if group.get("capturable") and param.device.type == "cpu":
         special.append("capturable=True on the CPU")
     special += _layout_specials(param, grad)
+    active = () if group_special else optimizer._active(group)
+    if state and optimizer._counts_steps:  # torch creates all states or none
+        names = (*active, "step")
+        special += [f"no state {name!r} beside others" for name in names if name not in state]
     slots: list[torch.dtype | None] = []
     for name in optimizer._slots:
-        value = state.get(name)
-        if name not in optimizer._active(group):
-            slots.append(None)
-        elif value is None:
-            slots.append(param.dtype)
+        value, dtype = state.get(name), None
+        if name not in active:
+            pass
+        elif value is None and not (name in state and optimizer._counts_steps):
+            dtype = param.dtype
         elif type(value) is not Tensor or value.device != param.device:
             special.append(f"state {name!r} of another type or device than the parameter's")
         elif not special and not same_layout(param, value):
             special.append(f"state {name!r} of another layout than the parameter's")
         else:
-            slots.append(value.dtype)
+            dtype = value.dtype
+        slots.append(dtype)
     step, on_device = None, False
     if optimizer._counts_steps:
         step, where = default_counter(param, group)
@@ -191,7 +258,7 @@ class Spans:
     """The stretches of memory that some tensors occupy."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        spans = sorted(_span(t) for t in tensors if t.layout is torch.strided and t.numel())
+        spans = sorted(_span(t) for t in tensors if _has_memory(t))
         self._starts = np.array([s[0] for s in spans], np.int64)
         self._ends = np.array([s[1] for s in spans], np.int64)
 
@@ -207,6 +274,10 @@ class Spans:
         return bool((self._starts[first[inside]] < ends[inside]).any())
 
 
+def _has_memory(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.numel() > 0 and not tensor.is_meta
+
+
 def _span(tensor: Tensor) -> tuple[int, int]:
     start = tensor.data_ptr()
     reach = sum(
@@ -219,5 +290,5 @@ def _share_memory(written: Sequence[Tensor], read: Sequence[Tensor]) -> bool:
     spans = Spans(written)
     if spans.overlap_among_themselves():
         return True
-    plain = [_span(t) for t in read if t.layout is torch.strided and t.numel()]
+    plain = [_span(t) for t in read if _has_memory(t)]
     return spans.overlap([s[0] for s in plain], np.array([s[1] for s in plain], np.int64))

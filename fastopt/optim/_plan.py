@@ -9,6 +9,7 @@ anew. A plan keeps the tensors whose addresses it keeps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,13 @@ from torch import Tensor
 from .. import dispatch
 from ..kernels.tables import Tables, Traced
 from ._kinds import Share, Spans, shares
+from ._metadata import metadata_proof
 
 if TYPE_CHECKING:
     from ._planned import PlannedStep
 
-_data_ptr, _numel = Tensor.data_ptr, Tensor.numel
-_grad, _dtype, _params = attrgetter("grad"), attrgetter("dtype"), itemgetter("params")
-_PLAIN = {Tensor, torch.nn.Parameter}
+_data_ptr = Tensor.data_ptr
+_grad, _params = attrgetter("grad"), itemgetter("params")
 _CPU = torch.device("cpu")
 
 
@@ -35,10 +36,12 @@ def _same(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(map(is_, a, b))
 
 
-def _hypers(optimizer: PlannedStep) -> list[tuple[Any, ...]]:
-    """The groups' hyperparameters."""
-    names = tuple(optimizer.defaults)
-    return [tuple(map(group.get, names)) for group in optimizer.param_groups]
+def _hypers(optimizer: PlannedStep) -> list[list[Any]]:
+    """The groups' hyperparameters, and whatever else the user keeps there."""
+    return [
+        [v for k, v in group.items() if k not in ("params", "param_names")]
+        for group in optimizer.param_groups
+    ]
 
 
 def _is_fixed(value: Any) -> bool:
@@ -59,6 +62,7 @@ class StepPlan:
         self._insisted = dispatch.insisted()
         planned = shares(optimizer)  # may raise; nothing has been changed before
         self._params = list(chain.from_iterable(map(_params, optimizer.param_groups)))
+        self._sizes = list(map(len, map(_params, optimizer.param_groups)))
         self._absent = [p for p in self._params if p.grad is None]
         self.reference: list[Tensor] = []
         compiled: list[tuple[Share, Any]] = []
@@ -71,7 +75,8 @@ class StepPlan:
                 launcher = backend.step_launcher(optimizer._record, slots, kind.grad, kind.step)
                 compiled.append((share, launcher))
         # Only now, when nothing can fail any more, states begin.
-        self._buckets = [Bucket(optimizer, *share_and_launcher) for share_and_launcher in compiled]
+        begun = _create_states(optimizer, planned) if compiled else set()
+        self._buckets = [Bucket(optimizer, share, begun, launch) for share, launch in compiled]
         self._spans = Spans(list(chain.from_iterable(b.written for b in self._buckets)))
         # All but the step counters, which no graph can have saved.
         self._updated = list(chain.from_iterable(b.updated for b in self._buckets))
@@ -87,6 +92,7 @@ class StepPlan:
             self._once
             or self._insisted != dispatch.insisted()
             or not _same(params, self._params)
+            or list(map(len, map(_params, optimizer.param_groups))) != self._sizes
             or not all(p.grad is None for p in self._absent)
             or any(p.grad is None for p in self.reference)
         ):
@@ -97,7 +103,9 @@ class StepPlan:
             same_states = _same(optimizer.state.values(), self._states)
         if not same_states or not all(bucket.holds(self._spans) for bucket in self._buckets):
             return False
-        if self._fixed and all(map(_same, _hypers(optimizer), self._hypers)):
+        hypers = _hypers(optimizer)
+        known = len(hypers) == len(self._hypers) and all(map(_same, hypers, self._hypers))
+        if self._fixed and known:
             return True
         if list(map(optimizer._flags, optimizer.param_groups)) != self._flags:
             return False
@@ -105,27 +113,65 @@ class StepPlan:
         return True
 
     def _set_hypers(self, optimizer: PlannedStep) -> None:
-        self._hypers = _hypers(optimizer)
-        self._fixed = all(map(_is_fixed, chain.from_iterable(self._hypers)))
+        self._hypers: list[list[Any]] = []  # stays so if one of them can't be read
+        self._fixed = False
         for bucket in self._buckets:
             bucket.set_hypers(optimizer)
+        self._hypers = _hypers(optimizer)
+        self._fixed = all(map(_is_fixed, chain.from_iterable(self._hypers)))
 
-    def run(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Do the compiled part of the step.
+    def run(
+        self,
+        by_reference: Callable[[list[Tensor]], None],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Take the step.
 
         Args:
+            by_reference: updates those parameters that no bucket has.
             grad_scale: what the gradients are to be divided by.
             found_inf: not 0 if the step is to be skipped.
         """
-        for done, bucket in enumerate(self._buckets):
-            try:
+        done = 0
+        try:
+            if self.reference and (found_inf is None or not found_inf.item()):
+                by_reference(self.reference)
+            for bucket in self._buckets:
                 bucket.run(grad_scale, found_inf)
-            except BaseException:  # interrupted while it compiles, say
-                for idle in self._buckets[done:]:
-                    idle.forget_states()
-                raise
+                done += 1
+        except BaseException:  # torch's refusal, or an interruption while something compiles
+            for idle in self._buckets[done:]:
+                idle.forget_states()
+            raise
         if self._updated:
             torch.autograd.graph.increment_version(self._updated)
+
+
+def _create_states(optimizer: PlannedStep, planned: list[Share]) -> set[int]:
+    """Add missing states, in the parameters' order, as torch does.
+
+    Returns:
+        The ids of the parameters whose states have a rule of their own at their first step.
+    """
+    share_of = {id(m.param): share for share in planned for m in share.members}
+    begun = set()
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            share = share_of.get(id(param))
+            if share is None:
+                continue
+            if share.decision.backend != "reference":
+                if optimizer._create_state(param, group, _active(optimizer, share)):
+                    begun.add(id(param))
+            elif optimizer._counts_steps or _active(optimizer, share):
+                optimizer.state[param]  # an empty dict in its place, for torch to fill
+    return begun
+
+
+def _active(optimizer: PlannedStep, share: Share) -> list[str]:
+    slots = zip(optimizer._slots, share.kind.slots, strict=True)
+    return [name for name, dtype in slots if dtype is not None]
 
 
 class Bucket:
@@ -137,12 +183,14 @@ class Bucket:
         fresh: whether some states begin at this step, and with it a rule of their own.
     """
 
-    def __init__(self, optimizer: PlannedStep, share: Share, launcher: Any) -> None:
+    def __init__(
+        self, optimizer: PlannedStep, share: Share, begun: set[int], launcher: Any
+    ) -> None:
         kind, _, members = share
         self._params = params = [m.param for m in members]
-        names = [n for n, d in zip(optimizer._slots, kind.slots, strict=True) if d is not None]
+        names = _active(optimizer, share)
         groups = optimizer.param_groups
-        begins = [optimizer._create_state(m.param, groups[m.group], names) for m in members]
+        begins = [id(m.param) in begun for m in members]
         self.fresh = any(begins)
         self._begun = [m.param for m, begin in zip(members, begins, strict=True) if begin]
         self._optimizer_state = optimizer.state
@@ -171,15 +219,13 @@ class Bucket:
         counters = len(params) if kind.step is not None else 0
         self.updated = self.written[: len(self.written) - counters]
 
-        # Whether all are contiguous is cheaper to ask than their strides, and says as much.
-        contiguous = all(map(Tensor.is_contiguous, params))
-        self._layout_of = Tensor.is_contiguous if contiguous else Tensor.stride
-        self._layouts = list(map(self._layout_of, params))
-        self._sizes = list(map(_numel, params))
-        self._grad_dtypes = [kind.grad] * len(params)
-        self._grad_bytes = np.array(self._sizes, np.int64) * kind.grad.itemsize
+        self._like_before = metadata_proof(self.written)
+        sizes = list(map(Tensor.numel, params))
+        grads = list(map(_grad, params))
+        self._grads_like_before = metadata_proof(grads)
+        self._grad_bytes = np.array(sizes, np.int64) * kind.grad.itemsize
         offsets = np.zeros(len(params) + 1, np.int64)
-        np.cumsum(self._sizes, out=offsets[1:])
+        np.cumsum(sizes, out=offsets[1:])
         self._tables = Tables(
             device=kind.device,
             hypers=np.zeros((len(self._rows), len(optimizer._record._fields))),
@@ -189,7 +235,7 @@ class Bucket:
             addresses=addresses,
             counted_on_device=kind.counted_on_device,
         )
-        self._set_grads(list(map(_data_ptr, map(_grad, params))))
+        self._set_grads(list(map(_data_ptr, grads)))
         self._launch = launcher(self._tables)
 
     def set_hypers(self, optimizer: PlannedStep) -> None:
@@ -217,11 +263,7 @@ class Bucket:
     def holds(self, written: Spans) -> bool:
         """Prove all addresses but the gradients', and replace those."""
         params = self._params
-        if (
-            list(map(_data_ptr, params)) != self._pointers
-            or list(map(self._layout_of, params)) != self._layouts
-            or list(map(_numel, params)) != self._sizes
-        ):
+        if list(map(_data_ptr, params)) != self._pointers:
             return False
         try:
             for find, tensors, pointers in self._lines:
@@ -229,12 +271,7 @@ class Bucket:
                 if not _same(current, tensors) or list(map(_data_ptr, current)) != pointers:
                     return False
             grads = list(map(_grad, params))
-            if (
-                not _PLAIN.issuperset(map(type, grads))
-                or list(map(self._layout_of, grads)) != self._layouts
-                or list(map(_numel, grads)) != self._sizes
-                or list(map(_dtype, grads)) != self._grad_dtypes
-            ):
+            if not self._like_before(*self.written) or not self._grads_like_before(*grads):
                 return False
             pointers = list(map(_data_ptr, grads))
         except (KeyError, TypeError, RuntimeError):  # a state removed, a sparse gradient

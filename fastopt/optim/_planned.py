@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .. import dispatch
 from ..dispatch import Decision
-from ._kinds import default_counter, shares
+from ._kinds import default_counter, fits_torchs_fused, group_specials, shares
 from ._plan import StepPlan
 
 Group = dict[str, Any]
@@ -39,6 +39,10 @@ class PlannedStep(Optimizer):
     #: keys of all states that the update may use, in the formula's order
     _slots: ClassVar[tuple[str, ...]]
     _counts_steps: ClassVar[bool] = True
+    #: hyperparameters that the kernels take from [0, 1) only
+    _rates: ClassVar[tuple[str, ...]] = ()
+    #: whether torch takes tensors as hyperparameters with foreach=True and without capturable
+    _foreach_takes_tensors: ClassVar[bool] = True
 
     def _active(self, group: Group) -> tuple[str, ...]:
         """The slots that this group's configuration uses."""
@@ -50,7 +54,10 @@ class PlannedStep(Optimizer):
 
     def _flags(self, group: Group) -> tuple[Any, ...]:
         """What decides how a group's parameters are sorted into buckets."""
-        return (*self._active(group), group.get("differentiable"), group.get("capturable"))
+        special = group_specials(self, group)
+        if special:
+            return special
+        return (*self._active(group), group.get("capturable"), group.get("fused"))
 
     def _create_state(self, param: Tensor, group: Group, names: Iterable[str]) -> bool:
         """Add missing states to a parameter, as torch lays them out; whether any was missing."""
@@ -100,10 +107,12 @@ class PlannedStep(Optimizer):
             plan = self._plan = StepPlan(self)
         # Left here by a GradScaler, if fused=True.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if plan.reference and (found_inf is None or not found_inf.item()):
-            with self._unscaled(plan.reference, grad_scale):
-                self._torch_step(plan.reference)
-        plan.run(grad_scale, found_inf)
+
+        def by_reference(params: list[Tensor]) -> None:
+            with self._unscaled(params, grad_scale):
+                self._torch_step(params)
+
+        plan.run(by_reference, grad_scale, found_inf)
         return loss
 
     @contextmanager
@@ -127,8 +136,8 @@ class PlannedStep(Optimizer):
     def _torch_step(self, params: list[Tensor] | None = None) -> None:
         """Torch's own step, for some parameters or for all.
 
-        For some it is not the fused one, which takes every parameter for contiguous: of one
-        with gaps it would write what lies between.
+        For parameters with gaps it is not the fused one, which takes all for contiguous and
+        would write what lies between.
         """
         step = super().step.__func__  # type: ignore[attr-defined]
         if getattr(step, "hooked", False):  # its hooks run around our own step already
@@ -139,13 +148,11 @@ class PlannedStep(Optimizer):
         chosen = set(map(id, params))
         groups = self.param_groups
         self.param_groups = [
-            {
-                **group,
-                "params": [p for p in group["params"] if id(p) in chosen],
-                **({"fused": False} if group.get("fused") else {}),
-            }
-            for group in groups
+            {**group, "params": [p for p in group["params"] if id(p) in chosen]} for group in groups
         ]
+        for group in self.param_groups:
+            if group.get("fused") and not all(map(fits_torchs_fused, group["params"])):
+                group["fused"] = False
         try:
             step(self)
         finally:

@@ -53,16 +53,18 @@ class Adam(PlannedStep, torch.optim.Adam):
     _operation = "Adam"
     _record = hyper.Adam
     _slots = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    _rates = ("betas",)
+    _foreach_takes_tensors = False
 
     def _active(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self._slots if group["amsgrad"] else self._slots[:2]
 
     def _hyper(self, group: dict[str, Any], begins: bool) -> hyper.Adam:
-        return adam_hyper(group, group.get("decoupled_weight_decay", False))
+        return adam_hyper(group, decoupled=False)
 
 
 def adam_hyper(group: dict[str, Any], decoupled: bool) -> hyper.Adam:
-    """The record of Adam or, decoupled, of AdamW."""
+    """The record of Adam or AdamW; decoupled counts in a torch whose groups don't say it."""
     beta1, beta2 = group["betas"]
     return hyper.Adam(
         grad_scale=-1.0 if group["maximize"] else 1.0,
@@ -71,5 +73,5 @@ def adam_hyper(group: dict[str, Any], decoupled: bool) -> hyper.Adam:
         beta2=beta2,
         eps=group["eps"],
         weight_decay=group["weight_decay"],
-        decoupled=float(decoupled),
+        decoupled=float(bool(group.get("decoupled_weight_decay", decoupled))),
     )

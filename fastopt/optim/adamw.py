@@ -35,6 +35,8 @@ class AdamW(PlannedStep, torch.optim.AdamW):
     _operation = "AdamW"
     _record = hyper.Adam
     _slots = Adam._slots
+    _rates = Adam._rates
+    _foreach_takes_tensors = False
 
     def _active(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self._slots if group["amsgrad"] else self._slots[:2]

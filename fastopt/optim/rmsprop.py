@@ -26,6 +26,8 @@ class RMSprop(PlannedStep, torch.optim.RMSprop):
         b ← momentum · b + d                          (d itself without momentum)
         p ← p - lr · b
 
+    A variance u that rounding has made negative counts as 0; torch's root of it is NaN.
+
     Args:
         params: parameters, or groups of them as dicts.
         lr: learning rate, a number or a one-element tensor.
@@ -53,6 +55,7 @@ class RMSprop(PlannedStep, torch.optim.RMSprop):
     _operation = "RMSprop"
     _record = hyper.RMSprop
     _slots = ("square_avg", "momentum_buffer", "grad_avg")
+    _rates = ("alpha",)
 
     def _active(self, group: dict[str, Any]) -> tuple[str, ...]:
         momentum = ("momentum_buffer",) if group["momentum"] > 0 else ()

@@ -60,5 +60,5 @@ class SGD(PlannedStep, torch.optim.SGD):
             momentum=group["momentum"],
             grad_share=1.0 if begins else 1.0 - group["dampening"],
             weight_decay=group["weight_decay"],
-            nesterov=float(group["nesterov"]),
+            nesterov=float(bool(group["nesterov"])),
         )

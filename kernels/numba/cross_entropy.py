@@ -147,8 +147,8 @@ def _run(
     if x.class_stride == 1 and (x.classes >= LONG_ROW or call.target is None):
         t = x if call.probability is None else _axis(call.probability)
         _launcher(softmax_rows, *dtypes)(
-            parts, *addresses, divisor, call.hard, scale, 0.0, call.ignore_index, x.classes, x.inner,
-            rows, x.outer_stride, x.inner_stride, t.outer_stride, t.inner_stride,
+            parts, *addresses, divisor, call.hard, scale, 0.0, call.ignore_index, x.classes,
+            x.inner, rows, x.outer_stride, x.inner_stride, t.outer_stride, t.inner_stride,
         )  # fmt: skip
         return
     fits = x.classes * TILE_WIDTH * 4 <= TILE_BYTES

@@ -124,8 +124,10 @@ def rmsprop(
     square_avg = h.alpha * square_avg + h.alpha_rest * (grad * grad)
     average = square_avg
     if grad_avg is not None:
-        grad_avg = grad_avg + h.alpha_rest * (grad - grad_avg)
+        grad_avg = h.alpha * grad_avg + h.alpha_rest * grad
         average = square_avg - grad_avg * grad_avg
+        if average < 0:  # a variance is not, but for rounding
+            average = average * 0
     change = grad / (math.sqrt(average) + h.eps)
     if momentum_buffer is not None:
         momentum_buffer = h.momentum * momentum_buffer + change

@@ -105,8 +105,9 @@ def rmsprop(values, param, grad, states, USES: tl.constexpr):
     square_avg = h.alpha * square_avg + h.alpha_rest * (grad * grad)
     average = square_avg
     if USES[2] is not None:
-        grad_avg += h.alpha_rest * (grad - grad_avg)
+        grad_avg = h.alpha * grad_avg + h.alpha_rest * grad
         average = square_avg - grad_avg * grad_avg
+        average = tl.where(average < 0, 0.0, average)  # a variance is not, but for rounding
     change = quotient(grad, root(average) + h.eps)
     if USES[1] is not None:
         momentum_buffer = h.momentum * momentum_buffer + change
