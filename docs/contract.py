@@ -52,6 +52,8 @@ TAIL = """\
 
 - **Ignored positions** of a cross-entropy get a gradient of exactly 0 even where their logits are
   NaN or infinite (torch: NaN), because their logits are never read.
+- **Class weights that add up to exactly 0** make the mean of a cross-entropy NaN; torch's may be
+  infinite.
 - **A class index out of range** gives torch's `IndexError` with more words: where it is, and what
   would be right. On a GPU it is a device assert, as torch's.
 - **Logits changed in place** between forward and a scaled backward raise torch's "modified by an

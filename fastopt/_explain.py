@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from .dispatch import Decision
+from .nn._loss import LossModule
 from .optim._planned import PlannedStep
 
 __all__ = ["Explanation", "explain"]
@@ -44,9 +43,8 @@ def explain(subject: Any, /, *args: Any, **kwargs: Any) -> Explanation:
     """
     if isinstance(subject, PlannedStep):
         return Explanation(subject._decisions())
-    if isinstance(subject, torch.nn.Module) and hasattr(subject, "_function"):
-        function, options = getattr(subject, "_function"), getattr(subject, "_options")  # noqa: B009
-        return Explanation((function.decide(*args, **options(), **kwargs),))
+    if isinstance(subject, LossModule):
+        kwargs, subject = {**subject._options(), **kwargs}, type(subject)._function
     if hasattr(subject, "decide"):
         return Explanation((subject.decide(*args, **kwargs),))
     raise TypeError(

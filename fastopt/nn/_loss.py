@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, ClassVar, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
@@ -149,7 +149,9 @@ class _FusedLoss(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grad_output is None:
             return (None,) * (2 + len(needs))
-        if torch.is_grad_enabled() or _is_batched(grad_output):  # create_graph, is_grads_batched
+        if grad_output.is_neg():
+            grad_output = grad_output.resolve_neg()
+        if torch.is_grad_enabled() or _is_followed(grad_output):  # create_graph and the like
             grads = _torch_grads(ctx.options, ctx.saved_tensors, grad_output, needs)
         elif grads is None or not ctx.backend.is_one(grad_output):
             saved = ctx.saved_tensors
@@ -157,25 +159,39 @@ class _FusedLoss(torch.autograd.Function):
         return (None, None, *grads)
 
 
-def _is_batched(tensor: Tensor) -> bool:
+def _is_followed(grad_output: Tensor) -> bool:
+    """Whether torch has to see how gradients are computed from this one."""
     functorch = torch._C._functorch
-    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+    return (
+        functorch.is_batchedtensor(grad_output)
+        or functorch.is_legacy_batchedtensor(grad_output)  # is_grads_batched
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def _torch_grads(
     options: hyper.Loss, tensors: Tensors, grad_output: Tensor, needs: tuple[bool, ...]
 ) -> Tensors:
     """The gradients by torch's own operations, themselves differentiable if need be."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Views, so that an input given twice counts once per place.
-        inputs = tuple(
-            t.view_as(t) if need and t is not None else t
-            for t, need in zip(tensors, needs, strict=True)
-        )
-        wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
-        loss = reference.loss(options, inputs)
-    grads = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=create_graph))
+    wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
+
+    def loss_of(*inputs: Tensor) -> Tensor:
+        given = iter(inputs)
+        places = zip(tensors, needs, strict=True)
+        return reference.loss(options, tuple(next(given) if need else t for t, need in places))
+
+    if torch._C._are_functorch_transforms_active():
+        found = torch.func.vjp(loss_of, *wanted)[1](grad_output)
+    else:
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Views, so that an input given twice counts once per place.
+            inputs = [t.view_as(t) for t in wanted]
+            loss = loss_of(*inputs)
+        found = torch.autograd.grad(loss, inputs, grad_output, create_graph=create_graph)
+    grads = iter(found)
     return tuple(next(grads) if need else None for need in needs)
 
 
@@ -196,8 +212,8 @@ def loss_function(
 
         @functools.wraps(documented)
         def function(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-            if torch.compiler.is_compiling():  # one node of the graph, compiled with the rest
-                return fallback(*args, **kwargs)
+            if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+                return fallback(*args, **kwargs)  # one node of the graph, compiled with the rest
             # `choose` would say the same, but asking takes a few microseconds of a small call's 20.
             if args and type(args[0]) is Tensor and args[0].numel() < small and (
                 args[0].is_cpu and dispatch.insisted() is None
@@ -205,6 +221,9 @@ def loss_function(
                 return fallback(*args, **kwargs)
             try:
                 call = analyse(*args, **kwargs)
+                if call is None and (tracer := _tracer(*args, *kwargs.values())) is not None:
+                    node: Tensor = tracer.create_proxy("call_function", function, args, kwargs)
+                    return node
                 loss = None if call is None else evaluate(call)
             except BackendUnavailable:
                 fallback(*args, **kwargs)  # bad input gets torch's own error, first of all
@@ -222,3 +241,28 @@ def loss_function(
         return function
 
     return decorate
+
+
+def _tracer(*arguments: object) -> Any:
+    """What torch.fx traces a call with, if it does; such a call stays one of fastopt's."""
+    return next((a.tracer for a in arguments if isinstance(a, torch.fx.Proxy)), None)
+
+
+class LossModule:
+    """Mixin in front of a torch loss class, of which a subclass overrides `forward` alone."""
+
+    _function: ClassVar[Callable[..., Tensor]]
+
+    def _options(self) -> dict[str, Any]:
+        """The keyword arguments of the function."""
+        raise NotImplementedError
+
+    def __prepare_scriptable__(self) -> Any:
+        """For torch.jit.script, which can't call what isn't TorchScript: torch's own module."""
+        kind: Any = type(self)
+        if not kind.forward.__module__.startswith(__package__):
+            return self  # a subclass with a forward of its own
+        torchs: Any = next(c for c in kind.__mro__ if c.__module__.startswith("torch.nn."))
+        module = torchs.__new__(torchs)
+        module.__dict__.update(self.__dict__)
+        return module

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..kernels import hyper
 from ..kernels.layout import class_axis
 from ..kernels.reference import out_of_bounds
-from ._loss import Call, autocasts, loss_function, prepare
+from ._loss import Call, LossModule, autocasts, loss_function, prepare
 
 __all__ = ["CrossEntropyLoss", "cross_entropy"]
 
@@ -124,7 +124,7 @@ def cross_entropy(
         size_average, reduce: deprecated, as in torch.
         ignore_index: class index of positions that count for nothing.
         reduction: "none" gives a value per position, "sum" adds them up, "mean" divides that
-            by the summed weight of the positions that count (NaN if none does), and for
+            by the summed weight of the positions that count (NaN if that is 0), and for
             probabilities by the number of positions.
         label_smoothing: ε, in [0, 1].
 
@@ -149,7 +149,7 @@ def cross_entropy(
     """
 
 
-class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+class CrossEntropyLoss(LossModule, torch.nn.CrossEntropyLoss):
     r"""Cross-entropy of logits as a module.
 
     Args:

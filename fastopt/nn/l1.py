@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..kernels import hyper
 from . import _pointwise
-from ._loss import loss_function
+from ._loss import LossModule, loss_function
 
 __all__ = ["L1Loss", "l1_loss"]
 
@@ -48,7 +48,7 @@ def l1_loss(
     """
 
 
-class L1Loss(torch.nn.L1Loss):
+class L1Loss(LossModule, torch.nn.L1Loss):
     r"""Mean absolute error as a module: :math:`|x - y|`, averaged, summed or per element.
 
     Args:

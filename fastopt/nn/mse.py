@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..kernels import hyper
 from . import _pointwise
-from ._loss import loss_function
+from ._loss import LossModule, loss_function
 
 __all__ = ["MSELoss", "mse_loss"]
 
@@ -48,7 +48,7 @@ def mse_loss(
     """
 
 
-class MSELoss(torch.nn.MSELoss):
+class MSELoss(LossModule, torch.nn.MSELoss):
     r"""Mean squared error as a module: :math:`(x - y)^2`, averaged, summed or per element.
 
     Args:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -73,7 +72,7 @@ def pointwise_all(
 
 
 @functools.cache
-def _launcher(record: Hashable, *dtypes: torch.dtype | None) -> Launcher:
+def _launcher(record: type, *dtypes: torch.dtype | None) -> Launcher:
     """dtypes: of input, target, values, grad_input, grad_target, upstream, sums, loss."""
     compute = "float64" if torch.float64 in dtypes[:2] else "float32"
     widths = [compute] * 6 + ["float64"] * 2
@@ -90,7 +89,7 @@ def _run(options: hyper.Loss, grad_output: float, *tensors: torch.Tensor | None)
     divisor = 1.0
     if options.reduction == "mean":
         divisor = float(count) or math.nan  # the mean of nothing is NaN, as torch's
-    kind: Hashable = options.hyper.__class__
+    kind: Any = type(options.hyper)
     launch = _launcher(kind, *[None if t is None else t.dtype for t in tensors])
     addresses = [None if t is None else t.data_ptr() for t in tensors]
     scale = grad_output / divisor

@@ -1,0 +1,469 @@
+"""The samples that torch tests its own losses with, through fastopt's functions.
+
+Torch's table of operators is the table here, too: a loss that fastopt gains is tested as soon as
+it is in `fastopt.nn.functional.__all__`. Its samples are small, so the sizes below which torch
+itself serves are set aside; then what isn't compiled has to have one of the REASONS.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as theirs
+from cases import BACKEND, DEVICE, INTERPRETED, assert_as_accurate
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_utils import noncontiguous_like
+
+import fastopt
+import fastopt.nn.functional as ours
+from fastopt import dispatch
+
+OPS = {
+    op.name.rpartition(".")[2]: op
+    for op in op_db
+    if op.name in {f"nn.functional.{name}" for name in ours.__all__}
+}
+EACH_OPERATION = pytest.mark.parametrize("operation", OPS)
+
+
+@pytest.fixture(autouse=True)
+def any_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Sizes below which torch is faster count for nothing, in calls that name their arguments."""
+    for operation in OPS:
+        monkeypatch.setitem(dispatch.CROSSOVER, operation, 0)
+    dispatch.choose.cache_clear()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # which would wait for each other longer than these sizes take
+    yield
+    torch.set_num_threads(threads)
+    dispatch.choose.cache_clear()
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a loss by names of arguments; `wanted` are the tensors with a gradient."""
+
+    operation: str
+    tensors: dict[str, Tensor]
+    options: dict[str, Any]
+
+    def __call__(self, module: Any, **replaced: Any) -> Tensor:
+        arguments = {**self.tensors, **self.options, **replaced}
+        result: Tensor = getattr(module, self.operation)(**arguments)
+        return result
+
+    @property
+    def wanted(self) -> dict[str, Tensor]:
+        return {name: t for name, t in self.tensors.items() if t.requires_grad}
+
+    @property
+    def soft(self) -> bool:
+        """Whether it is a cross-entropy with class probabilities."""
+        return self.operation == "cross_entropy" and self.tensors["target"].is_floating_point()
+
+    def of(self, change: Callable[[str, Tensor], Tensor]) -> Call:
+        """The same call of other tensors."""
+        return replace(self, tensors={name: change(name, t) for name, t in self.tensors.items()})
+
+    def with_gradients(self, *names: str) -> Call:
+        return self.of(lambda name, t: t.detach().requires_grad_(name in names))
+
+
+def samples(operation: str, dtype: torch.dtype) -> list[Call]:
+    """All, but for class weights that happen to add up to 0, of which each rounding differs."""
+    found = []
+    for s in OPS[operation].reference_inputs(DEVICE, dtype, requires_grad=True):
+        tensors = dict(zip(("input", "target"), (s.input, *s.args), strict=True))
+        tensors |= {k: v for k, v in s.kwargs.items() if isinstance(v, Tensor)}
+        options = {k: v for k, v in s.kwargs.items() if k not in tensors}
+        weight, target = tensors.get("weight"), tensors["target"]
+        if weight is None or target.is_floating_point() or weight[target].double().sum() != 0:
+            found.append(Call(operation, tensors, options))
+    return found
+
+
+def thinned(calls: list[Call]) -> list[Call]:
+    """Every third, beginning anywhere, of many that the interpreter takes long for."""
+    if INTERPRETED and len(calls) > 10:
+        return calls[int(torch.randint(3, ())) :: 3]
+    return calls
+
+
+def compilable(operation: str, dtype: torch.dtype) -> list[Call]:
+    """The samples that a compiled backend serves, if only their inputs need gradients."""
+    calls = [c.with_gradients("input") if c.soft else c for c in samples(operation, dtype)]
+    return [c for c in calls if not expected_reasons(c)]
+
+
+# -- why a call may be torch's own ------------------------------------------------------
+
+
+def walkable(x: Tensor) -> bool:
+    """Whether all that comes after the classes can be seen as one dimension."""
+    try:
+        return x.dim() < 2 or x.view(*x.shape[:2], -1) is not None
+    except RuntimeError:
+        return False
+
+
+def alike(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors lie in memory alike, without gaps."""
+    dense = all(t.untyped_storage().nbytes() == t.numel() * t.itemsize for t in (x, y))
+    same = dense and x.stride() == y.stride()
+    return same or (x.is_contiguous() and y.is_contiguous())
+
+
+#: A part of the reason that explain gives, and when it has to be given.
+REASONS: dict[str, Callable[[Call, Tensor, Tensor], bool]] = {
+    "dtypes=complex": lambda c, x, y: x.is_complex() or y.is_complex(),
+    "a target of dtype torch.complex": lambda c, x, y: y.is_complex(),
+    "a lazily negated tensor": lambda c, x, y: any(t.is_neg() for t in c.tensors.values()),
+    "a gradient to the probabilities": lambda c, x, y: c.soft and y.requires_grad,
+    "probabilities whose classes do not lie side by side": lambda c, x, y: (
+        c.soft and walkable(x) and (x.stride(1) != 1 or y.stride(1) != 1)
+    ),
+    " and strides ": lambda c, x, y: c.operation == "cross_entropy" and not walkable(x),
+    "strides (": lambda c, x, y: c.operation != "cross_entropy" and not alike(x, y),
+}
+
+
+def expected_reasons(call: Call) -> list[str]:
+    input, target = call.tensors["input"], call.tensors["target"]
+    return [reason for reason, holds in REASONS.items() if holds(call, input, target)]
+
+
+def outcome(module: Any, call: Call, upstream: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The loss and its gradients."""
+    loss = call(module)
+    wanted = list(call.wanted.values())
+    if not wanted:
+        return (loss,)
+    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
+    return loss.detach(), *torch.autograd.grad(loss, wanted, upstream)
+
+
+def in_double(call: Call) -> Call:
+    def change(name: str, t: Tensor) -> Tensor:
+        t = t.detach().resolve_neg()  # to() keeps the bit
+        double = t.double() if t.is_floating_point() else t
+        return double.requires_grad_(call.tensors[name].requires_grad)
+
+    return call.of(change)
+
+
+def check(call: Call) -> None:
+    """Compiled and as accurate as torch, or for good reasons exactly torch."""
+    reasons = expected_reasons(call)
+    shape = call(theirs).shape
+    upstream = torch.randn(shape).to(call(theirs).dtype)
+    torchs = outcome(theirs, call, upstream)
+    automatic = outcome(ours, call, upstream)
+    if reasons:
+        with pytest.raises(fastopt.BackendUnavailable) as caught, fastopt.use_backend(BACKEND):
+            call(ours)
+        decision = caught.value.decision
+        for reason in reasons:
+            assert any(reason in said for said in decision.refusals[BACKEND])
+        for special in decision.request.special:
+            assert any(reason in special for reason in reasons)
+        assert_same(automatic, torchs)
+        return
+    (decision,) = fastopt.explain(getattr(ours, call.operation), **call.tensors, **call.options)
+    assert decision.backend == BACKEND
+    with fastopt.use_backend(BACKEND):
+        insisted = outcome(ours, call, upstream)
+    oracle = outcome(theirs, in_double(call), upstream.double())
+    for found in (automatic, insisted):
+        for mine, torch_one, exact in zip(found, torchs, oracle, strict=True):
+            assert_as_accurate(mine, torch_one, exact)
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """To the last bit, dtypes and shapes included."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+# -- values and gradients ----------------------------------------------------------------
+
+
+def test_each_loss_has_a_row() -> None:
+    assert set(OPS) == set(ours.__all__)
+
+
+@pytest.mark.parametrize(
+    ("operation", "dtype"),
+    [(name, dtype) for name, op in OPS.items() for dtype in sorted(op.dtypes, key=str)],
+    ids=str,
+)
+def test_sample(operation: str, dtype: torch.dtype, poison: None) -> None:
+    """With gradients to each subset of what has one."""
+    for call in samples(operation, dtype):
+        for count in range(len(call.wanted) + 1):
+            for names in itertools.combinations(call.wanted, count):
+                check(call.with_gradients(*names))
+
+
+def test_complex_with_real() -> None:
+    """Torch's table has these two samples for complex dtypes alone."""
+    calls = [c for c in samples("l1_loss", torch.complex64) if not same_dtypes(c)]
+    assert len(calls) == 2
+    for call in calls:
+        check(call)
+
+
+def same_dtypes(call: Call) -> bool:
+    return len({t.dtype for t in call.tensors.values()}) == 1
+
+
+def permuted(t: Tensor) -> Tensor:
+    return t.detach().mT.contiguous().mT if t.dim() > 1 else t.detach()
+
+
+def expanded(t: Tensor, axis: int) -> Tensor:
+    if t.dim() <= axis:
+        return t.detach()
+    return t.detach().narrow(axis, 0, 1).clone().expand_as(t)
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "noncontiguous": noncontiguous_like,  # NaN in the gaps
+    "permuted": permuted,
+    "expanded": lambda t: expanded(t, 0),
+    "classes-expanded": lambda t: expanded(t, 1),
+    "negated": lambda t: torch._neg_view(-t.detach()) if t.is_floating_point() else t,
+    "non-leaf": lambda t: t.clone(),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@EACH_OPERATION
+def test_view_of_each_argument(operation: str, view: str, poison: None) -> None:
+    for call in thinned(samples(operation, torch.float32)):
+        if call.soft:
+            call = call.with_gradients("input")
+        for names in [*([name] for name in call.tensors), list(call.tensors)]:
+
+            def seen(name: str, t: Tensor, names: list[str] = names) -> Tensor:
+                found = VIEWS[view](t) if name in names else t
+                return found if found.requires_grad else found.requires_grad_(t.requires_grad)
+
+            check(call.of(seen))
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")  # torch warns before it raises
+@EACH_OPERATION
+def test_error_samples(operation: str) -> None:
+    op, said = OPS[operation], []
+    for bad in op.error_inputs(DEVICE) if op.error_inputs_func else ():
+        sample = bad.sample_input
+        for module in (theirs, ours):
+            raised = pytest.raises(bad.error_type, match=bad.error_regex)
+            with fastopt.use_backend(BACKEND), raised as caught:
+                getattr(module, operation)(sample.input, *sample.args, **sample.kwargs)
+            said.append((type(caught.value), str(caught.value)))
+    assert said[::2] == said[1::2]
+
+
+# -- derivatives of any order ------------------------------------------------------------
+
+
+@EACH_OPERATION
+def test_numerical_derivatives(operation: str) -> None:
+    for number, call in enumerate(thinned(samples(operation, torch.float64))):
+        served = call.with_gradients("input") if call.soft else call
+
+        def loss(*wanted: Tensor, call: Call = call) -> Tensor:
+            return call(ours, **dict(zip(call.wanted, wanted, strict=True)))
+
+        def served_loss(*wanted: Tensor, call: Call = served) -> Tensor:
+            with fastopt.use_backend(BACKEND):
+                return call(ours, **dict(zip(call.wanted, wanted, strict=True)))
+
+        fast = number > 0  # one sample in every entry of its Jacobian
+        wanted = tuple(served.wanted.values())
+        if not expected_reasons(served):
+            for test in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+                assert test(served_loss, wanted, check_batched_grad=True, fast_mode=fast)
+        wanted = tuple(call.wanted.values())
+        assert torch.autograd.gradcheck(
+            loss, wanted, check_forward_ad=True, check_batched_forward_grad=True, fast_mode=fast
+        )
+        # Of undefined tangents torch's own mse_loss raises something.
+        assert torch.autograd.gradgradcheck(
+            loss, wanted, check_fwd_over_rev=True, check_undefined_grad=False, fast_mode=fast
+        )
+
+
+def _sum(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *tensors: function(*tensors).sum()
+
+
+def _dual(f: Callable[..., Tensor], x: tuple[Tensor, ...], all_of: tuple[int, ...]) -> Any:
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(t, t.cos()) if k in all_of else t for k, t in enumerate(x)]
+        return tuple(forward_ad.unpack_dual(f(*duals)))
+
+
+def _over_wanted(
+    transform: Callable[..., Any],
+) -> Callable[[Callable[..., Tensor], tuple[Tensor, ...], tuple[int, ...]], Any]:
+    """A transform of a function of the differentiable arguments, by their numbers."""
+
+    def apply(f: Callable[..., Tensor], x: tuple[Tensor, ...], wanted: tuple[int, ...]) -> Any:
+        def partial(*some: Tensor) -> Tensor:
+            given = dict(zip(wanted, some, strict=True))
+            return f(*(given.get(k, t) for k, t in enumerate(x)))
+
+        return transform(partial, tuple(x[k] for k in wanted))
+
+    return apply
+
+
+def _tangents(x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(t.cos() for t in x)
+
+
+def _batches(x: tuple[Tensor, ...], dim: int = 0) -> tuple[Tensor, ...]:
+    """Three of each, differing if they are floats."""
+    return tuple(
+        torch.stack([t, t.sin() + 1.5, t.cos() + 1.5] if t.is_floating_point() else [t] * 3, dim)
+        for t in x
+    )
+
+
+def _vmap(f: Callable[..., Any], x: tuple[Tensor, ...], dim: int = 0, only: int = -1) -> Any:
+    """Over all tensors, or one of them."""
+    batches = _batches(x, dim)
+    some = tuple(b if only in (-1, k) else x[k] for k, b in enumerate(batches))
+    dims = tuple(dim if only in (-1, k) else None for k in range(len(x)))
+    return torch.func.vmap(f, dims)(*some)
+
+
+#: Of f, its tensors, and the numbers of those that have a derivative.
+TRANSFORMS: dict[str, Callable[..., Any]] = {
+    "grad": lambda f, x, w: torch.func.grad(_sum(f), w)(*x),
+    "grad-and-value": lambda f, x, w: torch.func.grad_and_value(_sum(f), w)(*x),
+    "jacrev": lambda f, x, w: torch.func.jacrev(f, w)(*x),
+    "jacfwd": lambda f, x, w: torch.func.jacfwd(f, w)(*x),
+    "hessian": lambda f, x, w: torch.func.hessian(_sum(f), w)(*x),
+    "vjp": _over_wanted(lambda f, x: (lambda y, back: back(y.cos()))(*torch.func.vjp(f, *x))),
+    "jvp": _over_wanted(lambda f, x: torch.func.jvp(f, x, _tangents(x))),
+    "linearize": _over_wanted(lambda f, x: torch.func.linearize(f, *x)[1](*_tangents(x))),
+    "forward-over-reverse": _over_wanted(
+        lambda f, x: torch.func.jvp(torch.func.grad(_sum(f)), x, _tangents(x))
+    ),
+    "reverse-over-forward": _over_wanted(
+        lambda f, x: torch.func.grad(lambda *y: torch.func.jvp(_sum(f), y, _tangents(x))[1])(*x)
+    ),
+    "dual": _dual,
+    "vmap": lambda f, x, w: _vmap(f, x),
+    "vmap-last": lambda f, x, w: _vmap(f, x, dim=-1),
+    "vmap-input": lambda f, x, w: _vmap(f, x, only=0),
+    "vmap-target": lambda f, x, w: _vmap(f, x, only=1),
+    "vmap-grad": lambda f, x, w: _vmap(torch.func.grad(_sum(f), w), x),
+    "vmap-vmap": lambda f, x, w: torch.func.vmap(torch.func.vmap(f))(*_batches(_batches(x), dim=1)),
+    "functionalize": lambda f, x, w: torch.func.functionalize(f)(*x),
+    "traced": lambda f, x, w: make_fx(f)(*x)(*x),
+}
+
+
+CIRCUMSTANCES = ("a torch.func transform", "forward-mode differentiation", "tracing")
+
+
+# (of linearize itself, with any function)
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@EACH_OPERATION
+def test_transform(operation: str, transform: str) -> None:
+    """Exactly torch's, and refused by the compiled backends."""
+    for call in samples(operation, torch.float64):
+        arguments = tuple(t.detach() for t in call.tensors.values())
+        wanted = tuple(k for k, t in enumerate(call.tensors.values()) if t.requires_grad)
+
+        def run(module: Any, call: Call = call, x: Any = arguments, w: Any = wanted) -> Any:
+            def loss(*tensors: Tensor) -> Tensor:
+                return call(module, **dict(zip(call.tensors, tensors, strict=True)))
+
+            return TRANSFORMS[transform](loss, x, w)
+
+        expected = run(theirs)
+        assert_same(run(ours), expected)
+        # linearize begins with a plain call
+        said = "|".join([*CIRCUMSTANCES, *expected_reasons(call.with_gradients())])
+        with pytest.raises(fastopt.BackendUnavailable, match=said), fastopt.use_backend(BACKEND):
+            run(ours)
+
+
+# -- what may come back as the gradient of the loss --------------------------------------
+
+
+def _dual_gradients(gradients: Callable[[Tensor], Any], g: Tensor) -> Any:
+    with forward_ad.dual_level():
+        found = gradients(forward_ad.make_dual(g, g.cos()))
+        return [tuple(forward_ad.unpack_dual(t)) for t in found]
+
+
+def _vjp_of_gradients(gradients: Callable[..., Any], g: Tensor) -> Any:
+    found, back = torch.func.vjp(lambda g: gradients(g, create_graph=True), g)
+    return found, back(tuple(t.cos() for t in found))
+
+
+def _second_gradients(gradients: Callable[..., Any], g: Tensor) -> Any:
+    leaf = g.clone().requires_grad_()
+    found = gradients(leaf, create_graph=True)
+    return found, torch.autograd.grad(sum(t.square().sum() for t in found), leaf)
+
+
+#: Of a function from the gradient of the loss to those of its tensors, and such a gradient.
+GRADIENTS: dict[str, Callable[[Callable[..., Any], Tensor], Any]] = {
+    "expanded": lambda f, g: f(g.flatten()[0].expand(g.shape)),
+    "gaps": lambda f, g: f(noncontiguous_like(g)),
+    "permuted": lambda f, g: f(permuted(g)),
+    "negated": lambda f, g: f(torch._neg_view(g)),
+    "negated-ones": lambda f, g: f(torch._neg_view(torch.ones_like(g))),
+    "differentiable": _second_gradients,
+    "batched": lambda f, g: f(torch.stack([g, g.cos()]), is_grads_batched=True),
+    "batched-differentiable": lambda f, g: f(
+        torch.stack([g, g.cos()]), is_grads_batched=True, create_graph=True
+    ),
+    "vmap": lambda f, g: torch.func.vmap(f)(torch.stack([g, g.cos()])),
+    "vmap-last": lambda f, g: torch.func.vmap(f, -1)(torch.stack([g, g.cos()], -1)),
+    "jvp": lambda f, g: torch.func.jvp(f, (g,), (g.cos(),)),
+    "vjp": _vjp_of_gradients,
+    "dual": _dual_gradients,
+    "traced": lambda f, g: make_fx(lambda g: f(g))(g)(g.cos()),
+}
+
+
+@pytest.mark.parametrize("kind", GRADIENTS)
+@EACH_OPERATION
+def test_gradient_of_the_loss(operation: str, kind: str) -> None:
+    """A loss computed beforehand; backward then meets transforms that forward knew nothing of."""
+    for call in compilable(operation, torch.float64):
+        found = []
+        upstream = torch.randn_like(call(theirs))
+        for module in (theirs, ours):
+            with fastopt.use_backend(BACKEND):
+                loss = call(module)
+
+            def gradients(g: Tensor, loss: Tensor = loss, call: Call = call, **more: Any) -> Any:
+                wanted = list(call.wanted.values())
+                return torch.autograd.grad(loss, wanted, g, retain_graph=True, **more)
+
+            try:
+                found.append(GRADIENTS[kind](gradients, upstream))
+            except RuntimeError as error:
+                # Of a zero tangent torch's own mse_loss can't make anything.
+                if module is ours or "ZeroTensors are immutable" not in str(error):
+                    raise
+                break
+        else:
+            torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
