@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-KERNEL_TESTS := $(addprefix tests/test_,losses.py loss_contract.py optimizers.py \
-	optimizer_contract.py triton.py)
+# as many processes as cores, a file's tests in one, so that few compile the same kernels
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+KERNEL_TESTS := $(addprefix tests/test_,losses.py loss_contract.py loss_properties.py \
+	opinfo.py moduleinfo.py sizes.py fuzz.py optimizers.py optimizer_contract.py \
+	optim_db.py optim_gradients.py traps.py triton.py)
 
 .PHONY: demo test fuzz gpu-check bench docs lint clean
 
@@ -12,8 +15,8 @@ demo: $(STAMP)  ## train a language model with torch and with fastopt, side by s
 	$(BIN)/python bench/train.py $(ARGS)
 
 test: $(STAMP) lint  ## style, types, and every test, those of the kernels on Triton's interpreter too
-	$(BIN)/python -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(ARGS) $(KERNEL_TESTS)
+	$(PYTEST) $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) $(ARGS) $(KERNEL_TESTS)
 
 fuzz: $(STAMP)  ## random calls by the thousand against torch's
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_fuzz.py $(ARGS)

@@ -20,7 +20,8 @@ if DEVICE != "cpu":
     torch.set_default_device(DEVICE)
 if INTERPRETED:  # not only for who insists on it
     triton = dispatch.BACKENDS["triton"]
-    dispatch.BACKENDS["triton"] = triton._replace(rules=triton.rules[1:])
+    on_cpu = dispatch.BACKENDS["numba"].rules[0]
+    dispatch.BACKENDS["triton"] = triton._replace(rules=(on_cpu, *triton.rules[1:]))
 
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("fuzz", deadline=None, print_blob=True, max_examples=5000)

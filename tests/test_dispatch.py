@@ -70,10 +70,7 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             {"dtypes": (torch.complex64, torch.complex64)},
             "reference",
-            {
-                "numba": "dtypes=complex64 "
-                "(supported: bfloat16, float16, float32, float64)"
-            },
+            {"numba": "dtypes=complex64 (supported: bfloat16, float16, float32, float64)"},
         ),
         (
             {"dtypes": (torch.int64, torch.float32)},
