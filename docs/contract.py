@@ -197,7 +197,7 @@ CLASS_FEATURES = [
     Feature("class weights", classes(weight=torch.ones(6))),
     Feature("a gradient to the weights", classes(weight=torch.ones(6, requires_grad=True))),
     Feature("label_smoothing", classes(label_smoothing=0.1)),
-    Feature("uint8 targets", classes(target=lambda x: x.argmax(1).to(torch.uint8))),
+    Feature("uint8 targets", classes(matrix, lambda x: x.argmax(1).to(torch.uint8))),
     Feature("size_average, reduce (deprecated)", classes(size_average=False)),
     Feature("(C,)", classes(lambda x: x[0, :, 0, 0], lambda x: x.argmax(0))),
     Feature("(N, C)", classes(matrix)),

@@ -87,6 +87,7 @@ class AdamStep(NamedTuple):
 
     grad_scale: float
     step_size: float
+    beta1: float
     beta1_rest: float
     beta2: float
     beta2_rest: float

@@ -48,6 +48,8 @@ def _analyse(
         special.append(f"sizes {tuple(input.shape)} and {tuple(target.shape)}")
     elif target.dtype not in _LABELS:
         special.append(f"a target of dtype {target.dtype}")
+    if target.dtype == torch.uint8 and input.dim() > 2:
+        special.append("uint8 targets of more than rows, which torch refuses")
     if weight is not None:
         if target.dtype == torch.uint8 and label_smoothing:
             special.append("uint8 targets with weights and label smoothing, which torch refuses")

@@ -20,7 +20,7 @@ class Adam(PlannedStep, torch.optim.Adam):
     .. code-block:: text
 
         g ← g + weight_decay · p         or, decoupled, p ← p · (1 - lr · weight_decay)
-        m ← m + (1 - β₁) (g - m)
+        m ← β₁ m + (1 - β₁) g
         v ← β₂ v + (1 - β₂) g²
         u ← max(u, v)  if amsgrad else  v
         p ← p - lr / (1 - β₁ᵗ) · m / (√u / √(1 - β₂ᵗ) + eps)

@@ -21,7 +21,7 @@ class RMSprop(PlannedStep, torch.optim.RMSprop):
 
         g ← g + weight_decay · p
         v ← alpha · v + (1 - alpha) g²
-        a ← a + (1 - alpha) (g - a),  u ← v - a²     if centered, else  u ← v
+        a ← alpha · a + (1 - alpha) g,  u ← v - a²   if centered, else  u ← v
         d ← g / (√u + eps)
         b ← momentum · b + d                          (d itself without momentum)
         p ← p - lr · b

@@ -85,6 +85,7 @@ def adam_constants(h: Any, step: Any) -> Any:
     return hyper.AdamStep(
         h.grad_scale,
         h.lr / (1.0 - h.beta1**step),
+        h.beta1,
         1.0 - h.beta1,
         h.beta2,
         1.0 - h.beta2,
@@ -102,8 +103,8 @@ def adam(h: Any, param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, max_exp_a
         param = param * h.param_decay
     if h.weight_decay != 0:
         grad = grad + h.weight_decay * param
-    exp_avg = exp_avg + h.beta1_rest * (grad - exp_avg)
-    exp_avg_sq = h.beta2 * exp_avg_sq + h.beta2_rest * (grad * grad)
+    exp_avg = h.beta1 * exp_avg + h.beta1_rest * grad
+    exp_avg_sq = h.beta2 * exp_avg_sq + h.beta2_rest * grad * grad  # grad² may overflow
     second = exp_avg_sq
     if max_exp_avg_sq is not None:
         # torch.maximum: a NaN on either side wins
@@ -121,7 +122,7 @@ def rmsprop(
     grad = grad * h.grad_scale
     if h.weight_decay != 0:
         grad = grad + h.weight_decay * param
-    square_avg = h.alpha * square_avg + h.alpha_rest * (grad * grad)
+    square_avg = h.alpha * square_avg + h.alpha_rest * grad * grad
     average = square_avg
     if grad_avg is not None:
         grad_avg = h.alpha * grad_avg + h.alpha_rest * grad

@@ -56,6 +56,7 @@ def adam_constants(values, step):
     return hyper.AdamStep(
         grad_scale=h.grad_scale,
         step_size=h.lr / (1.0 - tl.exp(step * tl.log(h.beta1))),
+        beta1=h.beta1,
         beta1_rest=1.0 - h.beta1,
         beta2=h.beta2,
         beta2_rest=1.0 - h.beta2,
@@ -85,8 +86,8 @@ def adam(values, param, grad, states, USES: tl.constexpr):
     grad *= h.grad_scale
     param *= h.param_decay
     grad = tl.where(h.weight_decay != 0.0, grad + h.weight_decay * param, grad)
-    exp_avg += h.beta1_rest * (grad - exp_avg)
-    exp_avg_sq = h.beta2 * exp_avg_sq + h.beta2_rest * (grad * grad)
+    exp_avg = h.beta1 * exp_avg + h.beta1_rest * grad
+    exp_avg_sq = h.beta2 * exp_avg_sq + h.beta2_rest * grad * grad  # grad² may overflow
     second = exp_avg_sq
     if USES[2] is not None:
         max_exp_avg_sq = tl.maximum(max_exp_avg_sq, exp_avg_sq, tl.PropagateNan.ALL)
@@ -102,7 +103,7 @@ def rmsprop(values, param, grad, states, USES: tl.constexpr):
     square_avg, momentum_buffer, grad_avg = states
     grad *= h.grad_scale
     grad = tl.where(h.weight_decay != 0.0, grad + h.weight_decay * param, grad)
-    square_avg = h.alpha * square_avg + h.alpha_rest * (grad * grad)
+    square_avg = h.alpha * square_avg + h.alpha_rest * grad * grad
     average = square_avg
     if USES[2] is not None:
         grad_avg = h.alpha * grad_avg + h.alpha_rest * grad
