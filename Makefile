@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# as many processes as cores, a file's tests in one, so that few compile the same kernels
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+# As many processes as cores, a file's tests in one, so that few compile the same kernels;
+# threads that wait leave the cores to the others.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 KERNEL_TESTS := $(addprefix tests/test_,losses.py loss_contract.py loss_properties.py \
-	opinfo.py moduleinfo.py sizes.py fuzz.py optimizers.py optimizer_contract.py \
+	opinfo.py moduleinfo.py sizes.py fuzz.py fuzz_optimizers.py optimizers.py optimizer_contract.py \
 	optim_db.py optim_gradients.py traps.py triton.py)
 
 .PHONY: demo test fuzz gpu-check bench docs lint clean
@@ -19,7 +20,7 @@ test: $(STAMP) lint  ## style, types, and every test, those of the kernels on Tr
 	TRITON_INTERPRET=1 $(PYTEST) $(ARGS) $(KERNEL_TESTS)
 
 fuzz: $(STAMP)  ## random calls by the thousand against torch's
-	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_fuzz.py $(ARGS)
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_fuzz.py tests/test_fuzz_optimizers.py $(ARGS)
 
 gpu-check:  ## on a machine with a GPU: its tests and its benchmark, into one file; installs nothing
 	$(PYTHON) bench/gpu_check.py $(ARGS)

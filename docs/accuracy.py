@@ -48,7 +48,7 @@ def tables() -> list[str]:
     found: dict[tuple[str, ...], list[str]] = {}
     for operation in OPERATIONS:
         for dtype in FLOATS:
-            errors = measure(operation, dtype, enough=300)
+            errors = measure(operation, dtype, enough=1000)
             cells = [f"{e:.2f}" for q in errors.values() for e in q.roots()]
             row = [operation, str(dtype).removeprefix("torch."), *cells]
             found.setdefault(tuple(errors), []).append(f"| {' | '.join(row)} |")

@@ -33,13 +33,13 @@ Samples = Iterator[tuple[str, Any, Tensor, Tensor]]  # (quantity, exact, fastopt
 class Errors:
     """Mean squares of one quantity's errors, relative to its values, sample by sample.
 
-    count: samples; numbers: those in all of them.
+    count: samples; inverses: the sum of 1 / numbers over them.
     """
 
     ours: float = 0.0
     torchs: float = 0.0
     count: int = 0
-    numbers: int = 0
+    inverses: float = 0.0
 
     def add(self, exact: Any, ours: Tensor, torchs: Tensor) -> None:
         mine, theirs = oracle.exact(ours), oracle.exact(torchs)
@@ -49,14 +49,19 @@ class Errors:
             self.ours += float(np.mean(((mine - exact)[kept] / scale) ** 2))
             self.torchs += float(np.mean(((theirs - exact)[kept] / scale) ** 2))
             self.count += 1
-            self.numbers += int(kept.sum())
+            self.inverses += 1 / int(kept.sum())
+
+    @property
+    def numbers(self) -> float:
+        """How many numbers, all in one sample, would say as much as these samples."""
+        return self.count**2 / self.inverses
 
     def roots(self) -> tuple[float, float]:
         """Fastopt's error and torch's."""
         return math.sqrt(self.ours / self.count), math.sqrt(self.torchs / self.count)
 
 
-def measure(operation: str, dtype: torch.dtype, enough: int = 100) -> dict[str, Errors]:
+def measure(operation: str, dtype: torch.dtype, enough: int = 200) -> dict[str, Errors]:
     """The errors of an operation's quantities in a dtype, each over `enough` new numbers."""
     errors: dict[str, Errors] = {}
     samples = _loss_samples if operation in dir(F) else _step_samples

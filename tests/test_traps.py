@@ -92,13 +92,13 @@ TRAPS: dict[str, tuple[str, ...]] = {
         "test_traps::test_habits_of_frameworks", "test_optim_surroundings::test_grad_scaler"),
     "shared storage, the same parameter twice, rebound data, gradients of another dtype": (
         "test_sizes::test_shared_memory", "test_optimizers::test_rebound_data",
-        "test_guarded::test_memory_comes_and_goes",
+        "test_guarded_stress::test_memory_comes_and_goes",
         "test_optimizer_contract::test_gradient_dtype_differs"),
     # numba
     "torch's thread count reset (numba #9387)": ("test_processes::test_thread_counts",),
     "threads at once abort, forked children die (numba #8563)": (
         "test_processes::test_threads_at_once_on_a_layer_that_aborts_on_them",
-        "test_processes::test_fork_after_use", "test_guarded::test_threads_and_forks"),
+        "test_processes::test_fork_after_use", "test_guarded_stress::test_threads_and_forks"),
     "stale or unfindable disk caches, leaked files (numba #1833, #9483, #6845, #4032)": (
         "test_cache::test_edited_formula_is_compiled_anew", "test_cache::test_read_only_install",
         "test_cache::test_cache_does_not_grow"),
@@ -106,7 +106,7 @@ TRAPS: dict[str, tuple[str, ...]] = {
         "test_processes::test_thread_counts_with_one_thread_in_the_environment",),
     "fast mathematics assume NaN and infinities away": (
         "test_losses::test_extreme_logits", "test_losses::test_extreme_pointwise",
-        "test_fuzz::test_optimizer"),
+        "test_fuzz_optimizers::test_optimizer"),
     # triton
     "versions of Triton fuse operations by default, or don't": (
         "test_traps::test_no_option_is_left_to_triton",),
