@@ -36,12 +36,18 @@ def _same(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(map(is_, a, b))
 
 
-def _hypers(optimizer: PlannedStep) -> list[list[Any]]:
-    """The groups' hyperparameters, and whatever else the user keeps there."""
-    return [
-        [v for k, v in group.items() if k not in ("params", "param_names")]
+def _values(optimizer: PlannedStep) -> list[Any]:
+    """All that the groups hold: hyperparameters, lists of parameters, what the user adds."""
+    return list(chain.from_iterable(map(dict.values, optimizer.param_groups)))
+
+
+def _are_fixed(optimizer: PlannedStep) -> bool:
+    """Whether the hyperparameters can't change in place. (The parameters are proved apart.)"""
+    return all(
+        key in ("params", "param_names") or _is_fixed(value)
         for group in optimizer.param_groups
-    ]
+        for key, value in group.items()
+    )
 
 
 def _is_fixed(value: Any) -> bool:
@@ -103,9 +109,7 @@ class StepPlan:
             same_states = _same(optimizer.state.values(), self._states)
         if not same_states or not all(bucket.holds(self._spans) for bucket in self._buckets):
             return False
-        hypers = _hypers(optimizer)
-        known = len(hypers) == len(self._hypers) and all(map(_same, hypers, self._hypers))
-        if self._fixed and known:
+        if self._fixed and _same(_values(optimizer), self._values):
             return True
         if list(map(optimizer._flags, optimizer.param_groups)) != self._flags:
             return False
@@ -113,12 +117,11 @@ class StepPlan:
         return True
 
     def _set_hypers(self, optimizer: PlannedStep) -> None:
-        self._hypers: list[list[Any]] = []  # stays so if one of them can't be read
-        self._fixed = False
+        self._fixed = False  # stays so if one of them can't be read
         for bucket in self._buckets:
             bucket.set_hypers(optimizer)
-        self._hypers = _hypers(optimizer)
-        self._fixed = all(map(_is_fixed, chain.from_iterable(self._hypers)))
+        self._values = _values(optimizer)
+        self._fixed = _are_fixed(optimizer)
 
     def run(
         self,
