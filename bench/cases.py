@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,14 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Make = Callable[[], tuple[Tensor, ...]]
+
 
 @dataclass(frozen=True)
 class LossRow:
-    """A loss, forward and backward, on tensors made by `make`."""
+    """A loss, forward and backward, on tensors made by `make`.
+
+    Attributes:
+        name: of the case, unique.
+        operation: the function's name.
+        make: its tensors, the first one the input.
+        size: elements of the input.
+        floor: bytes that have to be moved: each tensor read once, each gradient written once.
+        quick: whether the quick profile has it.
+    """
 
     name: str
     operation: str
-    make: Callable[[], tuple[Tensor, ...]]
+    make: Make
+    size: int
+    floor: int
+    quick: bool = False
 
 
 @dataclass(frozen=True)
@@ -28,11 +43,21 @@ class OptimizerRow:
     shapes: tuple[tuple[int, ...], ...]
     options: dict[str, Any] = field(default_factory=dict)
     groups: int = 1
+    dtype: torch.dtype = torch.float32
+    quick: bool = False
+
+    @property
+    def size(self) -> int:
+        return sum(map(math.prod, self.shapes))
+
+    @property
+    def floor(self) -> int:
+        """Bytes: parameter and states read and written once, the gradient read once."""
+        states = {"SGD": 1 if self.options.get("momentum") else 0, "RMSprop": 1}
+        return self.size * self.dtype.itemsize * (3 + 2 * states.get(self.operation, 2))
 
 
-def _labelled(
-    *shape: int, dtype: torch.dtype = torch.float32, last: bool = False
-) -> Callable[[], tuple[Tensor, ...]]:
+def _labelled(*shape: int, dtype: torch.dtype, last: bool) -> Make:
     def make() -> tuple[Tensor, ...]:
         logits = torch.randn(shape).to(dtype)
         if last:
@@ -43,46 +68,113 @@ def _labelled(
     return make
 
 
-def _pair(count: int) -> Callable[[], tuple[Tensor, ...]]:
-    return lambda: (torch.randn(count), torch.randn(count))
+def _pair(count: int, dtype: torch.dtype) -> Make:
+    return lambda: (torch.randn(count).to(dtype), torch.randn(count).to(dtype))
 
 
-def _cross_entropy(name: str, make: Callable[[], tuple[Tensor, ...]]) -> LossRow:
-    return LossRow(f"cross_entropy {name}", "cross_entropy", make)
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+
+def _classes(
+    *shape: int, dtype: torch.dtype = F32, last: bool = False, quick: bool = False
+) -> LossRow:
+    words = "x".join(map(str, shape)) + (" transposed" if last else "")
+    size = math.prod(shape)
+    return LossRow(
+        f"cross_entropy {words}{_suffix(dtype)}", "cross_entropy",
+        _labelled(*shape, dtype=dtype, last=last), size, 2 * size * dtype.itemsize, quick,
+    )  # fmt: skip
+
+
+def _elements(operation: str, count: int, dtype: torch.dtype = F32, quick: bool = False) -> LossRow:
+    return LossRow(
+        f"{operation} {count}{_suffix(dtype)}", operation, _pair(count, dtype), count,
+        3 * count * dtype.itemsize, quick,
+    )  # fmt: skip
+
+
+def _suffix(dtype: torch.dtype) -> str:
+    return "" if dtype == F32 else f" {str(dtype).removeprefix('torch.')}"
 
 
 LOSSES = [
-    _cross_entropy("8 x 10", _labelled(8, 10)),
-    _cross_entropy("128 x 1000", _labelled(128, 1000)),
-    _cross_entropy("512 x 32000", _labelled(512, 32_000)),
-    _cross_entropy("512 x 32000 bfloat16", _labelled(512, 32_000, dtype=torch.bfloat16)),
-    _cross_entropy("512 x 32000 float16", _labelled(512, 32_000, dtype=torch.float16)),
-    _cross_entropy("512 x 32000 float64", _labelled(512, 32_000, dtype=torch.float64)),
-    _cross_entropy("256 x 128000", _labelled(256, 128_000)),
-    _cross_entropy("(8, 64, 32000) transposed", _labelled(8, 64, 32_000, last=True)),
-    _cross_entropy("1048576 x 10", _labelled(1 << 20, 10)),
-    _cross_entropy("segmentation (4, 21, 256, 256)", _labelled(4, 21, 256, 256)),
     *[
-        LossRow(f"{operation} {count}", operation, _pair(count))
-        for operation in ("mse_loss", "l1_loss")
-        for count in (1, 1000, 1 << 20, 1 << 24)
+        _classes(*shape, quick=quick)
+        for shape, quick in (
+            ((1, 2), True), ((8, 10), True), ((64, 10), False), ((128, 10), True),
+            ((1000, 10), False), ((10_000, 10), True), ((100_000, 10), False),
+            ((1 << 20, 10), True),
+            ((8, 100), False), ((128, 100), False), ((1024, 100), False), ((10_000, 100), False),
+            ((4, 1000), False), ((32, 1000), False), ((128, 1000), True), ((512, 1000), False),
+            ((4096, 1000), False),
+            ((1, 32_000), False), ((4, 32_000), False), ((32, 32_000), False),
+            ((512, 32_000), True), ((256, 128_000), True),
+            ((1, 21, 16, 16), False), ((1, 21, 64, 64), False), ((4, 21, 256, 256), True),
+        )
     ],
-]
+    *[_classes(512, 32_000, dtype=dtype, quick=True) for dtype in (BF16, F16, F64)],
+    *[_classes(1 << 20, 10, dtype=dtype) for dtype in (BF16, F16, F64)],
+    _classes(8, 64, 32_000, last=True, quick=True),
+    _classes(8, 64, 100, last=True),
+    *[
+        _elements(operation, count, quick=count in (1, 1000, 1 << 17, 1 << 24))
+        for operation in ("mse_loss", "l1_loss")
+        for count in (1, 10, 100, 1000, 10_000, *(1 << k for k in (15, 16, 17, 18, 20, 24)))
+    ],
+    *[
+        _elements(operation, 1 << 24, dtype)
+        for operation in ("mse_loss", "l1_loss")
+        for dtype in (BF16, F16, F64)
+    ],
+]  # fmt: skip
 
 _MOMENTUM = {"lr": 0.01, "momentum": 0.9}
-_SMALL = ((16,),) * 300
-_LARGE = ((1 << 24,),)
+
+
+def _block(width: int) -> tuple[tuple[int, ...], ...]:
+    """The parameters of a transformer's block, as GPT-2 has them."""
+    wide = 4 * width
+    return (
+        (width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,),
+        (width,), (width,), (width, wide), (wide,), (wide, width), (width,),
+    )  # fmt: skip
+
+
+def _bottleneck(inner: int, outer: int) -> tuple[tuple[int, ...], ...]:
+    """The parameters of a residual block, as ResNet-50 has them."""
+    return (
+        (inner, outer, 1, 1), (inner,), (inner,), (inner, inner, 3, 3), (inner,), (inner,),
+        (outer, inner, 1, 1), (outer,), (outer,),
+    )  # fmt: skip
+
+
+_GPT2 = ((50_257, 768), (1024, 768), *(_block(768) * 12), (768,), (768,))
+_RESNET50 = (
+    (64, 3, 7, 7), (64,), (64,), *(_bottleneck(64, 256) * 3), *(_bottleneck(128, 512) * 4),
+    *(_bottleneck(256, 1024) * 6), *(_bottleneck(512, 2048) * 3), (1000, 2048), (1000,),
+)  # fmt: skip
+_SIZES: tuple[tuple[str, tuple[tuple[int, ...], ...], bool], ...] = (
+    ("1 tensor of 1", ((1,),), False),
+    ("300 tensors of 16", ((16,),) * 300, True),
+    ("100 tensors of 10000", ((10_000,),) * 100, False),
+    ("16777216", ((1 << 24,),), True),
+)
 OPTIMIZERS = [
     *[
-        OptimizerRow(f"{operation} {size}", operation, shapes, options)
+        OptimizerRow(f"{operation} {name}", operation, shapes, options, quick=quick)
         for operation, options in (
-            ("SGD", _MOMENTUM),
-            ("Adam", {}),
-            ("AdamW", {}),
-            ("RMSprop", {}),
+            ("SGD", _MOMENTUM), ("Adam", {}), ("AdamW", {}), ("RMSprop", {}),
         )
-        for size, shapes in (("300 tensors of 16", _SMALL), ("16777216", _LARGE))
+        for name, shapes, quick in _SIZES
     ],
-    OptimizerRow("Adam 100 groups of one", "Adam", ((16,),) * 100, groups=100),
-    OptimizerRow("Adam 1 tensor of 1", "Adam", ((1,),)),
-]
+    OptimizerRow("SGD plain 16777216", "SGD", ((1 << 24,),), {"lr": 0.01}),
+    *[
+        OptimizerRow(f"Adam 16777216{_suffix(d)}", "Adam", ((1 << 24,),), dtype=d)
+        for d in (BF16, F64)
+    ],
+    OptimizerRow("Adam 100 groups of one", "Adam", ((16,),) * 100, groups=100, quick=True),
+    OptimizerRow("AdamW like GPT-2", "AdamW", _GPT2),
+    OptimizerRow("SGD like ResNet-50", "SGD", _RESNET50, _MOMENTUM),
+]  # fmt: skip
+
+ROWS: dict[str, LossRow | OptimizerRow] = {row.name: row for row in (*LOSSES, *OPTIMIZERS)}

@@ -1,101 +1,106 @@
 """fastopt against torch, case by case: correctness first, then time, as a ratio.
 
-    python bench/run.py [--only TEXT] [--seconds 1.0] [--json FILE]
+    python bench/run.py [--full] [--only TEXT] [--json FILE] [--plots FOLDER] [--compare OLD.json]
 
-Every contender of a case runs interleaved in one process; a ratio compares medians. On
-a shared machine the absolute times mean little. "best torch" is the fastest of what
-torch offers for the same work in eager mode: for an optimizer its default, foreach and
-fused implementations.
+Every contender of a case takes its turn in every round; a ratio compares medians, and on a
+shared machine the absolute times mean little. "best torch" is the fastest of torch's own ways:
+its default, for optimizers foreach and fused, for large losses torch with huge pages (a setting
+that counts from a process's start, so that one runs beside this process), and with --full
+torch.compile. The floor is the time in which the bytes that have to be moved could be copied.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.metadata
-import json
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import report
 import torch
-import torch.nn.functional as theirs
-from cases import LOSSES, OPTIMIZERS, LossRow, OptimizerRow
-from timer import interleaved, median, spread
-from torch.nn import Parameter
+from cases import ROWS, LossRow, OptimizerRow
+from contenders import FASTOPT, HUGE_PAGES, TORCH, Elsewhere, check, make, names
+from timer import Timed, interleaved, median, spread, timed
 from tqdm import tqdm
 
 import fastopt
-import fastopt.nn.functional as ours
 
-Call = Callable[[], object]
-
-
-def loss_contenders(row: LossRow) -> dict[str, Call]:
-    """Forward and backward by each side, checked against each other."""
-    input, *rest = row.make()
-    leaf = input.requires_grad_()
-
-    def call(module: Any) -> Call:
-        function = getattr(module, row.operation)
-
-        def forward_and_backward() -> None:
-            leaf.grad = None
-            function(leaf, *rest).backward()
-
-        return forward_and_backward
-
-    contenders = {"fastopt": call(ours), "torch": call(theirs)}
-    grads = []
-    for run in contenders.values():
-        run()
-        grads.append(leaf.grad)
-    limit = torch.finfo(input.dtype).eps * 8
-    torch.testing.assert_close(
-        *grads, rtol=limit, atol=limit * float(grads[1].abs().max()), msg=row.name
-    )
-    leaf.grad = None
-    return contenders
+_STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def optimizer_contenders(row: OptimizerRow) -> dict[str, Call]:
-    """A step by each side, checked against each other."""
-
-    def build(module: Any, **how: Any) -> tuple[Call, list[Parameter]]:
-        torch.manual_seed(0)
-        params = [Parameter(torch.randn(s)) for s in row.shapes]
-        for p in params:
-            p.grad = torch.randn_like(p)
-        groups = [{"params": params[k :: row.groups]} for k in range(row.groups)]
-        return getattr(module, row.operation)(groups, **row.options, **how).step, params
-
-    sides = {"fastopt": build(fastopt.optim), "torch": build(torch.optim)}
-    sides["torch foreach"] = build(torch.optim, foreach=True)
-    if row.operation != "RMSprop":
-        sides["torch fused"] = build(torch.optim, fused=True)
-    for step, _ in sides.values():
-        step()
-        step()
-    expected = sides["torch"][1]
-    for _, params in sides.values():
-        torch.testing.assert_close(params, expected, rtol=1e-5, atol=1e-5, msg=row.name)
-    return {name: step for name, (step, _) in sides.items()}
+def copy_bandwidth(size: int = 1 << 26) -> float:
+    """Bytes moved a second by torch's own copy, read and written ones counted."""
+    source, target = torch.ones(size), torch.ones(size)
+    times = interleaved({"copy": timed(lambda: target.copy_(source))}, seconds=0.5)["copy"]
+    return 2 * source.nbytes / min(times)
 
 
-def measure(row: LossRow | OptimizerRow, seconds: float) -> dict[str, Any]:
+def peak_memory(run: Timed) -> int | None:
+    """Bytes that a call needs beyond what there was before; None where that can't be seen."""
+    try:
+        _REFERENCES.write_text("5")  # the peak begins anew
+        before = _resident("VmRSS")
+        run(1)
+        return max(_resident("VmHWM") - before, 0)
+    except OSError:
+        return None
+
+
+def _resident(key: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def measure(row: LossRow | OptimizerRow, seconds: float, full: bool, copy: float) -> dict[str, Any]:
     """One line of the result."""
-    make = loss_contenders if isinstance(row, LossRow) else optimizer_contenders
-    times = interleaved(make(row), seconds)  # type: ignore[arg-type]
+    contenders: dict[str, Timed] = {}
+    expected: list[torch.Tensor] = []
+    failed: dict[str, str] = {}
+    for name in sorted(names(row, full), key=lambda name: name != TORCH):
+        if name == HUGE_PAGES:
+            contenders[name] = Elsewhere(row, name)
+            continue
+        contender = make(row, name)
+        try:
+            contender.call()
+        except Exception as error:  # a compiler is missing: not what is measured here
+            if name in (FASTOPT, TORCH):
+                raise
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
+        if name == TORCH:
+            expected = [t.clone() for t in contender.results()]
+        check(row, contender, expected)
+        contenders[name] = timed(contender.call)
+    expected.clear()
+    times = interleaved(contenders, seconds)
+    memory = {n: peak_memory(r) for n, r in contenders.items() if not isinstance(r, Elsewhere)}
+    for run in contenders.values():
+        if isinstance(run, Elsewhere):
+            run.close()
     medians = {name: median(t) for name, t in times.items()}
-    best = min(value for name, value in medians.items() if name != "fastopt")
+    mine = medians[FASTOPT]
     return {
         "case": row.name,
+        "operation": row.operation,
+        "size": row.size,
         "microseconds": {name: value * 1e6 for name, value in medians.items()},
         "spread": {name: spread(t) for name, t in times.items()},
-        "vs_torch": medians["torch"] / medians["fastopt"],
-        "vs_best_torch": best / medians["fastopt"],
+        "peak_bytes": memory,
+        "failed": failed,
+        "vs_torch": medians[TORCH] / mine,
+        "vs_best_torch": min(v for name, v in medians.items() if name != FASTOPT) / mine,
+        "gigabytes_per_second": row.floor / mine / 1e9,
+        "times_floor": mine / (row.floor / copy),
+        **(
+            {"microseconds_per_tensor": mine * 1e6 / len(row.shapes)}
+            if isinstance(row, OptimizerRow)
+            else {}
+        ),
     }
 
 
@@ -108,35 +113,55 @@ def commit() -> str:
         return "unknown"
 
 
+def machine(copy: float) -> dict[str, Any]:
+    return {
+        "torch": torch.__version__,
+        "fastopt": fastopt.__version__,
+        "numba": importlib.metadata.version("numba"),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "processor": platform.machine(),
+        "copy_gigabytes_per_second": copy / 1e9,
+        "commit": commit(),
+    }
+
+
 def main() -> int:
-    """Run, print a table, write JSON."""
+    """Measure, print a table; 1 if --compare shows something that has become slower."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="all cases, torch.compile as well")
     parser.add_argument("--only", default="", help="cases whose name holds this text")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time for each case, about")
+    parser.add_argument("--seconds", type=float, help="for each case (quick: 1.5, full: 4)")
     parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--plots", type=Path, help="folder for pictures of them")
+    parser.add_argument("--compare", type=Path, help="results of an earlier run")
     arguments = parser.parse_args()
-    rows = [row for row in (*LOSSES, *OPTIMIZERS) if arguments.only in row.name]
+    rows = [
+        row
+        for row in ROWS.values()
+        if (arguments.full or arguments.only or row.quick) and arguments.only in row.name
+    ]
     if not rows:
         parser.error(f"no case has {arguments.only!r} in its name")
-    results = [measure(row, arguments.seconds) for row in tqdm(rows, unit="case", leave=False)]
-    print(f"{'case':45s} {'fastopt us':>12s} {'torch us':>12s} {'vs torch':>9s} {'vs best':>8s}")
-    for r in results:
-        us = r["microseconds"]
-        print(
-            f"{r['case']:45s} {us['fastopt']:12.1f} {us['torch']:12.1f} "
-            f"{r['vs_torch']:8.2f}x {r['vs_best_torch']:7.2f}x"
-        )
+    seconds = arguments.seconds or (4.0 if arguments.full else 1.5)
+    copy = copy_bandwidth()
+    results = []
+    for row in tqdm(rows, unit="case", leave=False):
+        results.append(measure(row, seconds, arguments.full, copy))
+        gc.collect()
+        torch.compiler.reset()
+    found = {"machine": machine(copy), "results": results}
+    print(report.table(found))
     if arguments.json:
-        machine = {
-            "torch": torch.__version__,
-            "fastopt": fastopt.__version__,
-            "threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "processor": platform.machine(),
-            "numba": importlib.metadata.version("numba"),
-            "commit": commit(),
-        }
-        arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+        report.write(found, arguments.json)
+    if arguments.plots:
+        import plots
+
+        plots.draw(found, arguments.plots)
+    if arguments.compare:
+        changes, slower = report.compare(report.read(arguments.compare), found)
+        print(changes)
+        return int(slower)
     return 0
 
 

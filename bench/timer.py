@@ -7,40 +7,41 @@ import time
 from collections.abc import Callable, Mapping
 
 Seconds = float
+#: Makes so many calls and says how long they took.
+Timed = Callable[[int], Seconds]
+
+
+def timed(call: Callable[[], object]) -> Timed:
+    """The timing of a call in this process."""
+
+    def run(count: int) -> Seconds:
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        return time.perf_counter() - start
+
+    return run
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[], object]], seconds: Seconds = 1.0, rounds: int = 9
+    contenders: Mapping[str, Timed], seconds: Seconds = 1.0, rounds: int = 9
 ) -> dict[str, list[Seconds]]:
     """Time per call of each contender, one number a round.
 
     Args:
-        contenders: what to call, by name.
+        contenders: what to time, by name.
         seconds: how long all rounds together should take, about.
         rounds: how often each contender gets its turn.
     """
-    for call in contenders.values():  # compile, fill caches, map memory
-        call()
-        call()
-    calls = {
-        name: max(1, int(seconds / (rounds * len(contenders) * max(_once(call), 1e-7))))
-        for name, call in contenders.items()
-    }
+    for run in contenders.values():  # compile, fill caches, map memory
+        run(2)
+    share = seconds / (rounds * len(contenders))
+    calls = {name: max(1, int(share / max(run(1), 1e-7))) for name, run in contenders.items()}
     times: dict[str, list[Seconds]] = {name: [] for name in contenders}
     for _ in range(rounds):
-        for name, call in contenders.items():
-            count = calls[name]
-            start = time.perf_counter()
-            for _ in range(count):
-                call()
-            times[name].append((time.perf_counter() - start) / count)
+        for name, run in contenders.items():
+            times[name].append(run(calls[name]) / calls[name])
     return times
-
-
-def _once(call: Callable[[], object]) -> Seconds:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def median(times: list[Seconds]) -> Seconds:

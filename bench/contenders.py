@@ -1,0 +1,133 @@
+"""Who runs: fastopt, torch as it comes, and the best that torch can do for the same work.
+
+    python bench/contenders.py CASE CONTENDER
+
+times one of them in a process of its own, told by lines on its standard input; so does the
+parent for torch with huge pages, which an environment variable decides at the start.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as theirs
+from cases import ROWS, LossRow, OptimizerRow
+from timer import Seconds, Timed, timed
+from torch.nn import Parameter
+
+import fastopt
+import fastopt.nn.functional as ours
+
+Call = Callable[[], object]
+FASTOPT, TORCH = "fastopt", "torch"
+COMPILED, HUGE_PAGES = "torch.compile", "torch, huge pages"
+_HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
+
+
+class Contender:
+    """A way to do a row's work.
+
+    Attributes:
+        call: does it once.
+        results: what it has computed, to be checked.
+    """
+
+    def __init__(self, call: Call, results: Callable[[], list[torch.Tensor]]) -> None:
+        self.call, self.results = call, results
+
+
+def _loss(row: LossRow, function: Callable[..., torch.Tensor]) -> Contender:
+    torch.manual_seed(0)
+    leaf, *rest = row.make()
+    leaf.requires_grad_()
+
+    def forward_and_backward() -> None:
+        leaf.grad = None
+        function(leaf, *rest).backward()
+
+    def gradient() -> list[torch.Tensor]:
+        assert leaf.grad is not None
+        return [leaf.grad]
+
+    return Contender(forward_and_backward, gradient)
+
+
+def _optimizer(row: OptimizerRow, module: ModuleType, compiled: bool, **how: Any) -> Contender:
+    torch.manual_seed(0)
+    params = [Parameter(torch.randn(s, dtype=row.dtype)) for s in row.shapes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    groups = [{"params": params[k :: row.groups]} for k in range(row.groups)]
+    step = getattr(module, row.operation)(groups, **row.options, **how).step
+    return Contender(
+        torch.compile(step) if compiled else step, lambda: [p.detach() for p in params]
+    )
+
+
+def make(row: LossRow | OptimizerRow, name: str) -> Contender:
+    """One contender of a row, on data that is the same for each."""
+    if isinstance(row, LossRow):
+        function = getattr(ours if name == FASTOPT else theirs, row.operation)
+        return _loss(row, torch.compile(function) if name == COMPILED else function)
+    module = fastopt.optim if name == FASTOPT else torch.optim
+    how = {"torch foreach": {"foreach": True}, "torch fused": {"fused": True}}.get(name, {})
+    return _optimizer(row, module, name == COMPILED, **how)
+
+
+def names(row: LossRow | OptimizerRow, full: bool) -> list[str]:
+    """The contenders; compiled ones and those in other processes only if full."""
+    found = [FASTOPT, TORCH]
+    if isinstance(row, OptimizerRow):
+        found += ["torch foreach"] + ["torch fused"] * (row.operation != "RMSprop")
+        return found + [COMPILED] * (full and len(row.shapes) < 1000)
+    large = row.size >= 1 << 20
+    return found + [HUGE_PAGES] * (large and sys.platform == "linux") + [COMPILED] * full
+
+
+def check(row: LossRow | OptimizerRow, contender: Contender, expected: list[torch.Tensor]) -> None:
+    """Results like torch's, or an AssertionError."""
+    for mine, its in zip(contender.results(), expected, strict=True):
+        digits = torch.finfo(its.dtype)
+        limit = max(8 * digits.eps, 1e-7)
+        scale = float(its.abs().max()) if its.numel() else 0.0
+        smallest = 2 * digits.smallest_normal * digits.eps
+        torch.testing.assert_close(
+            mine, its, rtol=limit, atol=limit * scale + smallest, msg=row.name
+        )
+
+
+class Elsewhere:
+    """A contender in a process of its own; to be closed."""
+
+    def __init__(self, row: LossRow | OptimizerRow, name: str) -> None:
+        self._process = subprocess.Popen(
+            (sys.executable, __file__, row.name, name),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+            env={**os.environ, **_HUGE_PAGES},
+        )  # fmt: skip
+
+    def __call__(self, count: int) -> Seconds:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{count}\n")
+        return float(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def main() -> None:
+    row, name = ROWS[sys.argv[1]], sys.argv[2]
+    run: Timed = timed(make(row, TORCH if name == HUGE_PAGES else name).call)
+    for line in sys.stdin:
+        print(run(int(line)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

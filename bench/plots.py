@@ -1,0 +1,49 @@
+"""Pictures of a benchmark: speed-up against size, and distance to the floor of bandwidth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from report import LARGE
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+
+
+def draw(found: dict[str, Any], folder: Path) -> None:
+    """Write speedup.png and floor.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _speedup(found["results"], folder / "speedup.png")
+    _floor(found, folder / "floor.png")
+
+
+def _speedup(results: list[dict[str, Any]], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for operation in dict.fromkeys(r["operation"] for r in results):
+        points = sorted((r["size"], r["vs_torch"]) for r in results if r["operation"] == operation)
+        axes.plot(*zip(*points, strict=True), "o", label=operation, alpha=0.7)
+    axes.axhline(1.0, color="black", linewidth=1)
+    axes.set(
+        xscale="log", yscale="log", xlabel="elements", ylabel="times as fast as torch's default"
+    )
+    axes.grid(which="both", alpha=0.2)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _floor(found: dict[str, Any], path: Path) -> None:
+    rows = [r for r in found["results"] if r["size"] >= LARGE][::-1]
+    figure, axes = plt.subplots(figsize=(8, 0.3 * len(rows) + 1), layout="constrained")
+    copy = found["machine"]["copy_gigabytes_per_second"]
+    shares = [r["gigabytes_per_second"] / copy for r in rows]
+    torchs = [s / r["vs_torch"] for s, r in zip(shares, rows, strict=True)]
+    axes.barh([r["case"] for r in rows], shares, label="fastopt")
+    axes.barh([r["case"] for r in rows], torchs, height=0.3, label="torch")
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_xlabel(f"share of the bandwidth of a copy ({copy:.0f} GB/s)")
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

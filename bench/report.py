@@ -1,0 +1,70 @@
+"""Results as a table, as a file, and against those of an earlier run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+Results = dict[str, Any]
+
+#: A ratio that moves by less than this says nothing on a shared machine.
+NOISE = 0.1
+#: Elements from which a case is about memory.
+LARGE = 1 << 20
+
+
+def noise(result: Results) -> float:
+    """How far a case's ratio may move by chance: both sides' quartiles, and no less than NOISE."""
+    spread = result["spread"]
+    return max(NOISE, 3 * (spread["fastopt"] + spread["torch"]))
+
+
+def table(found: Results) -> str:
+    """A line a case, and whether any of them is slower than torch."""
+    copy = found["machine"]["copy_gigabytes_per_second"]
+    lines = [
+        f"{'case':38s} {'fastopt us':>11s} {'±':>4s} {'torch us':>11s} {'vs torch':>9s} "
+        f"{'vs best':>8s}  {'best torch':17s} {'GB/s':>6s} {'x floor':>8s} {'peak MB':>8s}"
+    ]
+    for r in found["results"]:
+        us = r["microseconds"]
+        best = min((name for name in us if name != "fastopt"), key=us.__getitem__)
+        peak = r["peak_bytes"]["fastopt"]
+        floor = f"{r['times_floor']:.2f}" if r["size"] >= LARGE else "-"
+        lines.append(
+            f"{r['case']:38s} {us['fastopt']:11.1f} {r['spread']['fastopt']:4.0%} "
+            f"{us['torch']:11.1f} {r['vs_torch']:8.2f}x {r['vs_best_torch']:7.2f}x  {best:17s} "
+            f"{r['gigabytes_per_second']:6.1f} {floor:>8s} "
+            f"{'?' if peak is None else f'{peak / 1e6:.0f}':>8s}"
+        )
+    slower = [r["case"] for r in found["results"] if r["vs_torch"] < 1 - noise(r)]
+    lines.append(f"copy bandwidth of this run: {copy:.1f} GB/s")
+    lines.append(f"slower than torch beyond noise: {', '.join(slower) or 'none'}")
+    return "\n".join(lines)
+
+
+def compare(old: Results, new: Results) -> tuple[str, bool]:
+    """What has changed beyond the noise, as text; whether anything has become slower."""
+    before = {r["case"]: r for r in old["results"]}
+    lines, slower = [f"against {old['machine']['commit']}:"], False
+    for r in new["results"]:
+        if r["case"] not in before:
+            continue
+        was = before[r["case"]]
+        change = r["vs_torch"] / was["vs_torch"] - 1
+        if abs(change) > max(noise(r), noise(was)):
+            slower |= change < 0
+            lines.append(
+                f"  {r['case']:38s} {was['vs_torch']:.2f}x -> {r['vs_torch']:.2f}x ({change:+.0%})"
+            )
+    return "\n".join(lines if len(lines) > 1 else [*lines, "  no change beyond the noise"]), slower
+
+
+def write(found: Results, path: Path) -> None:
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def read(path: Path) -> Results:
+    result: Results = json.loads(path.read_text())
+    return result
