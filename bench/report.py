@@ -22,24 +22,22 @@ def noise(result: Results) -> float:
 
 def table(found: Results) -> str:
     """A line a case, and whether any of them is slower than torch."""
-    copy = found["machine"]["copy_gigabytes_per_second"]
     lines = [
         f"{'case':38s} {'fastopt us':>11s} {'±':>4s} {'torch us':>11s} {'vs torch':>9s} "
-        f"{'vs best':>8s}  {'best torch':17s} {'GB/s':>6s} {'x floor':>8s} {'peak MB':>8s}"
+        f"{'vs best':>8s}  {'best torch':17s} {'GB/s':>6s} {'x copy':>7s} {'peak MB':>8s}"
     ]
     for r in found["results"]:
         us = r["microseconds"]
         best = min((name for name in us if name != "fastopt"), key=us.__getitem__)
         peak = r["peak_bytes"]["fastopt"]
-        floor = f"{r['times_floor']:.2f}" if r["size"] >= LARGE else "-"
+        copy = "-" if r["times_copy"] is None else f"{r['times_copy']:.2f}"
         lines.append(
             f"{r['case']:38s} {us['fastopt']:11.1f} {r['spread']['fastopt']:4.0%} "
             f"{us['torch']:11.1f} {r['vs_torch']:8.2f}x {r['vs_best_torch']:7.2f}x  {best:17s} "
-            f"{r['gigabytes_per_second']:6.1f} {floor:>8s} "
+            f"{r['gigabytes_per_second']:6.1f} {copy:>7s} "
             f"{'?' if peak is None else f'{peak / 1e6:.0f}':>8s}"
         )
     slower = [r["case"] for r in found["results"] if r["vs_torch"] < 1 - noise(r)]
-    lines.append(f"copy bandwidth of this run: {copy:.1f} GB/s")
     lines.append(f"slower than torch beyond noise: {', '.join(slower) or 'none'}")
     return "\n".join(lines)
 

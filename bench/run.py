@@ -6,7 +6,7 @@ Every contender of a case takes its turn in every round; a ratio compares median
 shared machine the absolute times mean little. "best torch" is the fastest of torch's own ways:
 its default, for optimizers foreach and fused, for large losses torch with huge pages (a setting
 that counts from a process's start, so that one runs beside this process), and with --full
-torch.compile. The floor is the time in which the bytes that have to be moved could be copied.
+torch.compile. For large cases a copy of as many bytes as have to be moved takes its turn, too.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ import fastopt
 _STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def copy_bandwidth(size: int = 1 << 26) -> float:
-    """Bytes moved a second by torch's own copy, read and written ones counted."""
-    source, target = torch.ones(size), torch.ones(size)
-    times = interleaved({"copy": timed(lambda: target.copy_(source))}, seconds=0.5)["copy"]
-    return 2 * source.nbytes / min(times)
+COPY = "a copy"
+
+
+def copy_of(size: int) -> Timed:
+    """Torch's own copy, which moves so many bytes, half of them read."""
+    source, target = (torch.ones(size // 2, dtype=torch.uint8) for _ in range(2))
+    return timed(lambda: target.copy_(source))
 
 
 def peak_memory(run: Timed) -> int | None:
@@ -55,7 +57,7 @@ def _resident(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(row: LossRow | OptimizerRow, seconds: float, full: bool, copy: float) -> dict[str, Any]:
+def measure(row: LossRow | OptimizerRow, seconds: float, full: bool) -> dict[str, Any]:
     """One line of the result."""
     contenders: dict[str, Timed] = {}
     expected: list[torch.Tensor] = []
@@ -77,13 +79,16 @@ def measure(row: LossRow | OptimizerRow, seconds: float, full: bool, copy: float
         check(row, contender, expected)
         contenders[name] = timed(contender.call)
     expected.clear()
+    if row.size >= report.LARGE:
+        contenders[COPY] = copy_of(row.floor)
     times = interleaved(contenders, seconds)
-    memory = {n: peak_memory(r) for n, r in contenders.items() if not isinstance(r, Elsewhere)}
+    here = {n: r for n, r in contenders.items() if not isinstance(r, Elsewhere) and n != COPY}
+    memory = {name: peak_memory(run) for name, run in here.items()}
     for run in contenders.values():
         if isinstance(run, Elsewhere):
             run.close()
     medians = {name: median(t) for name, t in times.items()}
-    mine = medians[FASTOPT]
+    copy, mine = medians.pop(COPY, None), medians[FASTOPT]
     return {
         "case": row.name,
         "operation": row.operation,
@@ -95,7 +100,7 @@ def measure(row: LossRow | OptimizerRow, seconds: float, full: bool, copy: float
         "vs_torch": medians[TORCH] / mine,
         "vs_best_torch": min(v for name, v in medians.items() if name != FASTOPT) / mine,
         "gigabytes_per_second": row.floor / mine / 1e9,
-        "times_floor": mine / (row.floor / copy),
+        "times_copy": copy and mine / copy,
         **(
             {"microseconds_per_tensor": mine * 1e6 / len(row.shapes)}
             if isinstance(row, OptimizerRow)
@@ -113,7 +118,7 @@ def commit() -> str:
         return "unknown"
 
 
-def machine(copy: float) -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     return {
         "torch": torch.__version__,
         "fastopt": fastopt.__version__,
@@ -121,7 +126,6 @@ def machine(copy: float) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "processor": platform.machine(),
-        "copy_gigabytes_per_second": copy / 1e9,
         "commit": commit(),
     }
 
@@ -144,13 +148,12 @@ def main() -> int:
     if not rows:
         parser.error(f"no case has {arguments.only!r} in its name")
     seconds = arguments.seconds or (4.0 if arguments.full else 1.5)
-    copy = copy_bandwidth()
     results = []
     for row in tqdm(rows, unit="case", leave=False):
-        results.append(measure(row, seconds, arguments.full, copy))
+        results.append(measure(row, seconds, arguments.full))
         gc.collect()
         torch.compiler.reset()
-    found = {"machine": machine(copy), "results": results}
+    found = {"machine": machine(), "results": results}
     print(report.table(found))
     if arguments.json:
         report.write(found, arguments.json)
