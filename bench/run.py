@@ -110,10 +110,15 @@ def measure(row: LossRow | OptimizerRow, seconds: float, full: bool) -> dict[str
 
 
 def commit() -> str:
-    """The commit measured, marked if files have been changed since."""
-    run = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
-    try:
+    """The commit measured, marked if files other than results have been changed since."""
+
+    def git(*words: str) -> str:
+        run = ("git", "-C", str(Path(__file__).parent), *words)
         return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results")
+        return git("rev-parse", "--short", "HEAD") + "-dirty" * bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
