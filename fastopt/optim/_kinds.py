@@ -134,29 +134,27 @@ def group_specials(optimizer: PlannedStep, group: dict[str, Any]) -> tuple[str, 
     for name, default in defaults.items():
         if default is None or isinstance(default, bool):
             continue  # a flag, of which only its truth counts
-        value = group[name]
-        numbers = value if isinstance(default, tuple) else (value,)
-        if not isinstance(numbers, (tuple, list)) or len(numbers) != (
-            len(default) if isinstance(default, tuple) else 1
-        ):
-            special.append(f"{name}={value!r}")
-            continue
-        for number in numbers:
-            if isinstance(number, Tensor):
-                fits = number.dim() == 0 or (name in _TENSORS and number.numel() == 1)
-                refused = group.get("foreach") and not group.get("capturable")
-                served = fits and number.is_floating_point()
-                served = served and not (refused and not optimizer._foreach_takes_tensors)
-            else:
-                served = _is_number(number) and (name not in optimizer._rates or 0 <= number < 1)
-            if not served:
-                special.append(f"{name}={value!r}")
-                break
+        value, several = group[name], isinstance(default, tuple)
+        numbers = value if several else (value,)
+        pair = not several or (isinstance(value, (tuple, list)) and len(value) == len(default))
+        if not pair or not all(_is_served(optimizer, group, name, n) for n in numbers):
+            among = " in [0, 1)" if name in optimizer._rates else ""
+            special.append(f"{name}={value!r} where kernels take finite numbers{among}")
     return tuple(special)
 
 
 _TENSORS = ("lr", "betas")
 _LARGEST = float(np.finfo(np.float64).max)
+
+
+def _is_served(optimizer: PlannedStep, group: dict[str, Any], name: str, number: Any) -> bool:
+    """Whether the kernels take a hyperparameter, of which torch takes more and refuses others."""
+    if isinstance(number, Tensor):
+        if group.get("foreach") and not (optimizer._foreach_takes_tensors or group["capturable"]):
+            return False
+        fits = number.dim() == 0 or (name in _TENSORS and number.numel() == 1)
+        return fits and number.is_floating_point()
+    return _is_number(number) and (name not in optimizer._rates or 0 <= number < 1)
 
 
 def _is_number(value: Any) -> bool:
