@@ -105,11 +105,7 @@ def classes(
     target: Callable[[Tensor], Tensor] = lambda x: x.detach().argmax(1),
     **options: Any,
 ) -> Callable[[str], Iterable[Decision]]:
-    def ask(operation: str) -> Iterable[Decision]:
-        x = view(torch.randn(4, 6, 8, 10))
-        return fastopt.explain(getattr(ours, operation), x, target(x), **options)
-
-    return ask
+    return pointwise(view, target, **options)
 
 
 def within(context: Callable[[], Any]) -> Callable[[str], Iterable[Decision]]:
