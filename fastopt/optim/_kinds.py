@@ -126,15 +126,16 @@ def _torchs_defaults(operation: str) -> dict[str, Any]:
 def group_specials(optimizer: PlannedStep, group: dict[str, Any]) -> tuple[str, ...]:
     """Why only torch can update a group's parameters, or say what is wrong with it."""
     defaults = _torchs_defaults(optimizer._operation)
-    special = [f"no {name!r} in its group" for name in defaults if name not in group]
-    if special:
-        return tuple(special)
-    if group.get("differentiable"):
-        special.append("differentiable=True")
+    if not defaults.keys() <= group.keys():
+        return tuple(f"no {name!r} in its group" for name in defaults if name not in group)
+    special = ["differentiable=True"] if group.get("differentiable") else []
     for name, default in defaults.items():
+        value = group[name]
         if default is None or isinstance(default, bool):
             continue  # a flag, of which only its truth counts
-        value, several = group[name], isinstance(default, tuple)
+        if type(value) is float and value - value == 0 and name not in optimizer._rates:
+            continue  # the usual, quickly: a scheduler changes it at every step
+        several = isinstance(default, tuple)
         numbers = value if several else (value,)
         pair = not several or (isinstance(value, (tuple, list)) and len(value) == len(default))
         if not pair or not all(_is_served(optimizer, group, name, n) for n in numbers):
