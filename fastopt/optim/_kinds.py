@@ -118,27 +118,32 @@ def _request(optimizer: PlannedStep, kind: Kind, members: list[Member]) -> Reque
 
 
 @functools.cache
-def _torchs_defaults(operation: str) -> dict[str, Any]:
+def _torchs_defaults(operation: str) -> tuple[dict[str, Any], tuple[tuple[str, int], ...]]:
+    """An optimizer's defaults in torch; of those that are numbers, how many, 0 for one alone."""
     defaults: dict[str, Any] = getattr(torch.optim, operation)([torch.zeros(1)]).defaults
-    return defaults
+    numbers = tuple(
+        (name, len(value) if isinstance(value, tuple) else 0)
+        for name, value in defaults.items()
+        if not (value is None or isinstance(value, bool))  # a flag, of which its truth counts
+    )
+    return defaults, numbers
 
 
 def group_specials(optimizer: PlannedStep, group: dict[str, Any]) -> tuple[str, ...]:
     """Why only torch can update a group's parameters, or say what is wrong with it."""
-    defaults = _torchs_defaults(optimizer._operation)
+    defaults, numbers = _torchs_defaults(optimizer._operation)
     if not defaults.keys() <= group.keys():
         return tuple(f"no {name!r} in its group" for name in defaults if name not in group)
     special = ["differentiable=True"] if group.get("differentiable") else []
-    for name, default in defaults.items():
+    for name, count in numbers:
         value = group[name]
-        if default is None or isinstance(default, bool):
-            continue  # a flag, of which only its truth counts
-        if type(value) is float and value - value == 0 and name not in optimizer._rates:
-            continue  # the usual, quickly: a scheduler changes it at every step
-        several = isinstance(default, tuple)
-        numbers = value if several else (value,)
-        pair = not several or (isinstance(value, (tuple, list)) and len(value) == len(default))
-        if not pair or not all(_is_served(optimizer, group, name, n) for n in numbers):
+        if not count:
+            served = _is_served(optimizer, group, name, value)
+        else:
+            served = isinstance(value, (tuple, list)) and len(value) == count
+            for number in value if served else ():
+                served = served and _is_served(optimizer, group, name, number)
+        if not served:
             among = " in [0, 1)" if name in optimizer._rates else ""
             special.append(f"{name}={value!r} where kernels take finite numbers{among}")
     return tuple(special)
@@ -150,17 +155,15 @@ _LARGEST = float(np.finfo(np.float64).max)
 
 def _is_served(optimizer: PlannedStep, group: dict[str, Any], name: str, number: Any) -> bool:
     """Whether the kernels take a hyperparameter, of which torch takes more and refuses others."""
-    if isinstance(number, Tensor):
-        if group.get("foreach") and not (optimizer._foreach_takes_tensors or group["capturable"]):
-            return False
-        fits = number.dim() == 0 or (name in _TENSORS and number.numel() == 1)
-        return fits and number.is_floating_point()
-    return _is_number(number) and (name not in optimizer._rates or 0 <= number < 1)
-
-
-def _is_number(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and -_LARGEST <= value <= _LARGEST
+    if isinstance(number, (float, int)):
+        if name in optimizer._rates:
+            return 0 <= number < 1 and not isinstance(number, bool)
+        return -_LARGEST <= number <= _LARGEST and not isinstance(number, bool)
+    if not isinstance(number, Tensor) or not number.is_floating_point():
+        return False
+    if group.get("foreach") and not (optimizer._foreach_takes_tensors or group["capturable"]):
+        return False
+    return number.dim() == 0 or (name in _TENSORS and number.numel() == 1)
 
 
 def fits_torchs_fused(param: Tensor) -> bool:

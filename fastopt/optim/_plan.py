@@ -41,20 +41,19 @@ def _values(optimizer: PlannedStep) -> list[Any]:
     return list(chain.from_iterable(map(dict.values, optimizer.param_groups)))
 
 
-def _are_fixed(optimizer: PlannedStep) -> bool:
-    """Whether the hyperparameters can't change in place. (The parameters are proved apart.)"""
-    return all(
-        key in ("params", "param_names") or _is_fixed(value)
-        for group in optimizer.param_groups
-        for key, value in group.items()
-    )
+def _are_fixed(optimizer: PlannedStep, values: list[Any]) -> bool:
+    """Whether none of the hyperparameters can change in place, as a tensor can.
+
+    The lists of parameters and of their names can, and are proved apart.
+    """
+    kinds = list(map(type, values))
+    lists = sum(1 + ("param_names" in group) for group in optimizer.param_groups)
+    if kinds.count(list) != lists or not _FIXED.issuperset(set(kinds) - {list, tuple}):
+        return False
+    return all(type(n) in _FIXED for value in values if type(value) is tuple for n in value)
 
 
-def _is_fixed(value: Any) -> bool:
-    """Whether a value can't change in place, as a tensor or a list can and stay itself."""
-    return value is None or isinstance(value, (int, float, str)) or (
-        isinstance(value, tuple) and all(map(_is_fixed, value))
-    )  # fmt: skip
+_FIXED = {float, int, bool, str, type(None)}
 
 
 class StepPlan:
@@ -121,7 +120,7 @@ class StepPlan:
         for bucket in self._buckets:
             bucket.set_hypers(optimizer)
         self._values = _values(optimizer)
-        self._fixed = _are_fixed(optimizer)
+        self._fixed = _are_fixed(optimizer, self._values)
 
     def run(
         self,
