@@ -405,3 +405,27 @@ def test_centered_variance_is_never_negative(dtype: torch.dtype) -> None:
         with fastopt.use_backend(BACKEND):
             optimizer.step()
     assert p.isfinite().all()
+
+
+@pytest.mark.parametrize("private", [True, False], ids=["guards", "python"])
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_dtypes_changed_in_place(name: str, private: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other numbers of the same size at the same address."""
+    if not private:
+        monkeypatch.setattr("fastopt.optim._metadata._guards", None)
+    start, outcomes = torch.randn(70).half(), []
+    for module in (fastopt.optim, torch.optim):
+        p = Parameter(start.clone())
+        options = {"momentum": 0.9} if name == "SGD" else {}
+        optimizer = getattr(module, name)([p], lr=0.1, foreach=False, **options)
+        for _ in range(2):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        p.grad = None
+        states = [v for v in optimizer.state[p].values() if v is not None and v.dim()]
+        for t in (p, *states):
+            t.data = t.data.view(torch.bfloat16)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        outcomes.append([p.detach(), *states])
+    torch.testing.assert_close(*outcomes, rtol=2e-2, atol=1e-2, equal_nan=True)
