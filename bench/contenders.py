@@ -2,8 +2,9 @@
 
     python bench/contenders.py CASE CONTENDER
 
-times one of them in a process of its own, told by lines on its standard input; so does the
-parent for torch with huge pages, which an environment variable decides at the start.
+times one of them in a process of its own: for each number on its standard input it makes so
+many calls and prints how long they took. Torch with huge pages runs so, because what decides
+on those is an environment variable, once, at the start.
 """
 
 from __future__ import annotations
