@@ -14,11 +14,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as theirs
 from cases import ROWS, LossRow, OptimizerRow
+from report import LARGE
 from timer import Seconds, Timed, timed
 from torch.nn import Parameter
 
@@ -31,7 +32,7 @@ COMPILED, HUGE_PAGES = "torch.compile", "torch, huge pages"
 _HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 
 
-class Contender:
+class Contender(NamedTuple):
     """A way to do a row's work.
 
     Attributes:
@@ -39,8 +40,8 @@ class Contender:
         results: what it has computed, to be checked.
     """
 
-    def __init__(self, call: Call, results: Callable[[], list[torch.Tensor]]) -> None:
-        self.call, self.results = call, results
+    call: Call
+    results: Callable[[], list[torch.Tensor]]
 
 
 def _loss(row: LossRow, function: Callable[..., torch.Tensor]) -> Contender:
@@ -82,13 +83,13 @@ def make(row: LossRow | OptimizerRow, name: str) -> Contender:
 
 
 def names(row: LossRow | OptimizerRow, full: bool) -> list[str]:
-    """The contenders; compiled ones and those in other processes only if full."""
+    """The contenders; compiled ones only if full."""
     found = [FASTOPT, TORCH]
     if isinstance(row, OptimizerRow):
         found += ["torch foreach"] + ["torch fused"] * (row.operation != "RMSprop")
-        return found + [COMPILED] * (full and len(row.shapes) < 1000)
-    large = row.size >= 1 << 20
-    return found + [HUGE_PAGES] * (large and sys.platform == "linux") + [COMPILED] * full
+    elif row.size >= LARGE and sys.platform == "linux":
+        found.append(HUGE_PAGES)
+    return found + [COMPILED] * full
 
 
 def check(row: LossRow | OptimizerRow, contender: Contender, expected: list[torch.Tensor]) -> None:

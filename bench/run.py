@@ -29,10 +29,8 @@ from tqdm import tqdm
 
 import fastopt
 
-_STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
 COPY = "a copy"
+_STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def copy_of(size: int) -> Timed:

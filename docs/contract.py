@@ -84,7 +84,7 @@ class Feature(NamedTuple):
 
 # -- losses ------------------------------------------------------------------------------
 
-POINTWISE = ("mse_loss", "l1_loss")
+POINTWISE = tuple(name for name in CROSSOVER if name != "cross_entropy")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
