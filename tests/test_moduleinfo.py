@@ -161,8 +161,10 @@ def test_sample_by_torchs_formula_in_python(name: str) -> None:
 def default_float64() -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
+    try:
+        yield
+    finally:  # a failure is not to change the tests after it
+        torch.set_default_dtype(before)
 
 
 MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
