@@ -101,15 +101,6 @@ def assert_right(
         raise AssertionError("\n".join(lines))
 
 
-def largest(tensors: Sequence[Tensor | None]) -> float:
-    """The product of each floating tensor's largest finite number."""
-    product = 1.0
-    for t in tensors:
-        if t is not None and t.is_floating_point() and t.numel():
-            product *= t.double().nan_to_num(0, 0, 0).abs().max().item()
-    return product
-
-
 def identical(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
