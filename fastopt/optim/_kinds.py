@@ -239,6 +239,11 @@ def _layout_specials(param: Tensor, grad: Tensor) -> list[str]:
             return [f"a {name} of type {type(tensor).__name__}"]
         if tensor.layout is not torch.strided:
             return [f"a {name} of layout {tensor.layout}"]
+        if tensor.numel() and not tensor.is_meta and not tensor.data_ptr():
+            raise RuntimeError(  # in torch's code it ends the process
+                f"a {name} of size {tuple(tensor.shape)} has no memory; its storage has "
+                f"{tensor.untyped_storage().nbytes()} bytes"
+            )
         if tensor.is_neg() or tensor.is_conj():
             return [f"a lazily negated or conjugated {name}"]
     if grad.device != param.device:
@@ -267,7 +272,7 @@ class Spans:
     def overlap_among_themselves(self) -> bool:
         return bool((self._ends[:-1] > self._starts[1:]).any())
 
-    def overlap(self, starts: Sequence[int], ends: np.ndarray) -> bool:
+    def overlap(self, starts: Sequence[int] | np.ndarray, ends: np.ndarray) -> bool:
         """Whether any span [start, end) overlaps one of these, which must not overlap."""
         if not len(self._ends):
             return False

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import dispatch
 from ..kernels.tables import Tables, Traced
 from ._kinds import Share, Spans, shares
-from ._metadata import metadata_proof
+from ._metadata import Versions, prove
 
 if TYPE_CHECKING:
     from ._planned import PlannedStep
@@ -84,7 +84,8 @@ class StepPlan:
         self._buckets = [Bucket(optimizer, share, begun, launch) for share, launch in compiled]
         self._spans = Spans(list(chain.from_iterable(b.written for b in self._buckets)))
         # All but the step counters, which no graph can have saved.
-        self._updated = list(chain.from_iterable(b.updated for b in self._buckets))
+        updated = list(chain.from_iterable(b.updated for b in self._buckets))
+        self._versions = Versions(updated) if updated else None
         self._once = any(bucket.fresh for bucket in self._buckets)
         self._states = list(optimizer.state.values())
         self._flags = list(map(optimizer._flags, optimizer.param_groups))
@@ -146,8 +147,8 @@ class StepPlan:
             for idle in self._buckets[done:]:
                 idle.forget_states()
             raise
-        if self._updated:
-            torch.autograd.graph.increment_version(self._updated)
+        if self._versions is not None:
+            self._versions.increment()
 
 
 def _create_states(optimizer: PlannedStep, planned: list[Share]) -> set[int]:
@@ -207,24 +208,22 @@ class Bucket:
         if kind.step is not None:
             names.append("step")
         self._state_dicts = [optimizer.state[p] for p in params] if names else []
-        self._lines = []  # (how to find a state, its tensors, their addresses)
+        self._lines = []  # (how to find a state, its tensors)
         addresses = np.zeros((len(optimizer._slots) + 3, len(params)), np.int64)
-        self._pointers = list(map(_data_ptr, params))
-        addresses[0] = self._pointers
+        addresses[0] = list(map(_data_ptr, params))
         for name in names:
             tensors = [state[name] for state in self._state_dicts]
-            pointers = list(map(_data_ptr, tensors))
             line = -1 if name == "step" else optimizer._slots.index(name) + 1
-            addresses[line] = pointers
-            self._lines.append((itemgetter(name), tensors, pointers))
+            addresses[line] = list(map(_data_ptr, tensors))
+            self._lines.append((itemgetter(name), tensors))
         self.written = params + list(chain.from_iterable(line[1] for line in self._lines))
         counters = len(params) if kind.step is not None else 0
         self.updated = self.written[: len(self.written) - counters]
 
-        self._like_before = metadata_proof(self.written)
+        self._unchanged = prove(self.written)
         sizes = list(map(Tensor.numel, params))
         grads = list(map(_grad, params))
-        self._grads_like_before = metadata_proof(grads)
+        self._grads = prove(grads)
         self._grad_bytes = np.array(sizes, np.int64) * kind.grad.itemsize
         offsets = np.zeros(len(params) + 1, np.int64)
         np.cumsum(sizes, out=offsets[1:])
@@ -237,7 +236,7 @@ class Bucket:
             addresses=addresses,
             counted_on_device=kind.counted_on_device,
         )
-        self._set_grads(list(map(_data_ptr, grads)))
+        self._set_grads(np.array(list(map(_data_ptr, grads)), np.int64))
         self._launch = launcher(self._tables)
 
     def set_hypers(self, optimizer: PlannedStep) -> None:
@@ -264,29 +263,28 @@ class Bucket:
 
     def holds(self, written: Spans) -> bool:
         """Prove all addresses but the gradients', and replace those."""
-        params = self._params
-        if list(map(_data_ptr, params)) != self._pointers:
-            return False
         try:
-            for find, tensors, pointers in self._lines:
-                current = list(map(find, self._state_dicts))
-                if not _same(current, tensors) or list(map(_data_ptr, current)) != pointers:
+            for find, tensors in self._lines:
+                if not all(map(is_, map(find, self._state_dicts), tensors)):
                     return False
-            grads = list(map(_grad, params))
-            if not self._like_before(*self.written) or not self._grads_like_before(*grads):
-                return False
-            pointers = list(map(_data_ptr, grads))
-        except (KeyError, TypeError, RuntimeError):  # a state removed, a sparse gradient
+        except (KeyError, TypeError):  # a state removed
             return False
-        if pointers != self._grad_pointers:
-            if written.overlap(pointers, np.array(pointers, np.int64) + self._grad_bytes):
+        if not self._unchanged.holds(self.written):
+            return False
+        pointers = self._grads.addresses(list(map(_grad, self._params)))
+        if pointers is None:
+            return False
+        if not np.array_equal(pointers, self._grad_pointers):
+            if not pointers.all() and self._grad_bytes[pointers == 0].any():
+                return False  # memory that has been released
+            if written.overlap(pointers, pointers + self._grad_bytes):
                 return False
             self._set_grads(pointers)
         return True
 
-    def _set_grads(self, pointers: list[int]) -> None:
-        self._grad_pointers = pointers
-        self._tables.addresses[-2] = pointers
+    def _set_grads(self, pointers: np.ndarray) -> None:
+        self._grad_pointers = self._tables.addresses[-2]
+        self._grad_pointers[:] = pointers
 
     def run(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Launch."""

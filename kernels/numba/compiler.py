@@ -48,6 +48,11 @@ def kernel(function: Callable[..., Any]) -> Any:
     return _compiled(function, CONTRACT)
 
 
+def locked_kernel(function: Callable[..., Any]) -> Any:
+    """Decorator: a kernel that keeps the GIL, since it looks into Python's own objects."""
+    return _compiled(function, CONTRACT, nogil=False)
+
+
 def summing_kernel(function: Callable[..., Any]) -> Any:
     """Decorator: a kernel that may add up floats in any order."""
     return _compiled(function, REASSOCIATE)
@@ -72,10 +77,8 @@ class Region(NamedTuple):
     parallel: Any
 
 
-def _compiled(
-    function: Callable[..., Any], fastmath: frozenset[str], parallel: bool = False
-) -> Any:
-    dispatcher = numba.njit(fastmath=set(fastmath), parallel=parallel, **_OPTIONS)(function)
+def _compiled(function: Callable[..., Any], fastmath: frozenset[str], **options: bool) -> Any:
+    dispatcher = numba.njit(fastmath=set(fastmath), **{**_OPTIONS, **options})(function)
     if _cache_directory() is not None:
         dispatcher._cache = _Cache(function)
     return dispatcher
