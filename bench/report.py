@@ -21,32 +21,65 @@ def noise(result: Results) -> float:
 
 
 def table(found: Results) -> str:
-    """A line a case, and whether any of them is slower than torch."""
-    lines = [
-        f"{'case':38s} {'fastopt us':>11s} {'±':>4s} {'torch us':>11s} {'vs torch':>9s} "
-        f"{'vs best':>8s}  {'best torch':17s} {'GB/s':>6s} {'x copy':>7s} {'peak MB':>8s}"
+    """A line a case, another a training step, and whether any of them is slower than torch."""
+    everything = [*found["results"], *found["steps"]]
+    slower = [r["case"] for r in everything if r["vs_torch"] < 1 - noise(r)]
+    blocks = [
+        *_kernels(found["results"]),
+        *_steps(found["steps"]),
+        f"slower than torch beyond noise: {', '.join(slower) or 'none'}",
     ]
-    for r in found["results"]:
-        us = r["microseconds"]
-        best = min((name for name in us if name != "fastopt"), key=us.__getitem__)
+    return "\n".join(blocks)
+
+
+def _kernels(results: list[Results]) -> list[str]:
+    if not results:
+        return []
+    lines = [f"{_header('case')} {'GB/s':>6s} {'x copy':>7s} {'peak MB':>8s}"]
+    for r in results:
         peak = r["peak_bytes"]["fastopt"]
         copy = "-" if r["times_copy"] is None else f"{r['times_copy']:.2f}"
         lines.append(
-            f"{r['case']:38s} {us['fastopt']:11.1f} {r['spread']['fastopt']:4.0%} "
-            f"{us['torch']:11.1f} {r['vs_torch']:8.2f}x {r['vs_best_torch']:7.2f}x  {best:17s} "
-            f"{r['gigabytes_per_second']:6.1f} {copy:>7s} "
+            f"{_times(r)} {r['gigabytes_per_second']:6.1f} {copy:>7s} "
             f"{'?' if peak is None else f'{peak / 1e6:.0f}':>8s}"
         )
-    slower = [r["case"] for r in found["results"] if r["vs_torch"] < 1 - noise(r)]
-    lines.append(f"slower than torch beyond noise: {', '.join(slower) or 'none'}")
-    return "\n".join(lines)
+    return lines
+
+
+def _steps(results: list[Results]) -> list[str]:
+    """As the kernels', and what loss and optimizer take of a step, torch's and fastopt's."""
+    if not results:
+        return []
+    lines = [f"{_header('training step')} {'loss us':>20s} {'optimizer us':>20s}"]
+    for r in results:
+        its, mine = r["parts"]["torch"], r["parts"]["fastopt"]
+        changes = [f"{its[part]:.0f} -> {mine[part]:.0f}" for part in ("loss", "optimizer")]
+        lines.append(f"{_times(r)} {changes[0]:>20s} {changes[1]:>20s}")
+    return lines
+
+
+def _header(what: str) -> str:
+    return (
+        f"{what:38s} {'fastopt us':>11s} {'±':>4s} {'torch us':>11s} {'vs torch':>9s} "
+        f"{'vs best':>8s}  {'best torch':17s}"
+    )
+
+
+def _times(r: Results) -> str:
+    us = r["microseconds"]
+    best = min((name for name in us if name != "fastopt"), key=us.__getitem__)
+    return (
+        f"{r['case']:38s} {us['fastopt']:11.1f} {r['spread']['fastopt']:4.0%} "
+        f"{us['torch']:11.1f} {r['vs_torch']:8.2f}x {r['vs_best_torch']:7.2f}x  {best:17s}"
+    )
 
 
 def compare(old: Results, new: Results) -> tuple[str, bool]:
     """What has changed beyond the noise, as text; whether anything has become slower."""
-    before = {r["case"]: r for r in old["results"]}
+    # Files of earlier versions have no steps.
+    before = {r["case"]: r for r in (*old["results"], *old.get("steps", ()))}
     lines, slower = [f"against {old['machine']['commit']}:"], False
-    for r in new["results"]:
+    for r in (*new["results"], *new["steps"]):
         if r["case"] not in before:
             continue
         was = before[r["case"]]

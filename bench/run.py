@@ -7,6 +7,7 @@ shared machine the absolute times mean little. "best torch" is the fastest of to
 its default, for optimizers foreach and fused, for large losses torch with huge pages (a setting
 that counts from a process's start, so that one runs beside this process), and with --full
 torch.compile. For large cases a copy of as many bytes as have to be moved takes its turn, too.
+Then come whole training steps, as `steps.py` has them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import report
 import torch
 from cases import ROWS, LossRow, OptimizerRow
 from contenders import FASTOPT, HUGE_PAGES, TORCH, Elsewhere, check, make, names
+from steps import STEPS
+from steps import measure as measure_step
 from timer import Timed, interleaved, median, spread, timed
 from tqdm import tqdm
 
@@ -148,7 +151,8 @@ def main() -> int:
         for row in ROWS.values()
         if (arguments.full or arguments.only or row.quick) and arguments.only in row.name
     ]
-    if not rows:
+    steps = [step for step in STEPS if arguments.only in step.name]
+    if not rows and not steps:
         parser.error(f"no case has {arguments.only!r} in its name")
     seconds = arguments.seconds or (4.0 if arguments.full else 1.5)
     results = []
@@ -156,7 +160,8 @@ def main() -> int:
         results.append(measure(row, seconds, arguments.full))
         gc.collect()
         torch.compiler.reset()
-    found = {"machine": machine(), "results": results}
+    trained = [measure_step(step, seconds) for step in tqdm(steps, unit="step", leave=False)]
+    found = {"machine": machine(), "results": results, "steps": trained}
     print(report.table(found))
     if arguments.json:
         report.write(found, arguments.json)
