@@ -25,14 +25,16 @@ from ..reference import out_of_bounds
 from . import memory
 from .compiler import Region, dtype_name, optional_pointer, pointer, specialise
 from .softmax import check_targets
-from .softmax_rows import softmax_rows
+from .softmax_rows import BLOCK, softmax_rows
 from .softmax_tiles import softmax_tiles
 from .threads import Launcher, parts_for
 
 # From this many classes a row fills vectors by itself, if its classes lie side by side.
 LONG_ROW = 80
-# Positions in a tile, fewer where a tile of that width would not fit a core's L2 cache.
-TILE_WIDTH, NARROW_WIDTH, TILE_BYTES = 64, 16, 1 << 19
+# Positions in a tile: SIDE_BY_SIDE ones are copied as they are, APART ones turned, which wants
+# all their cache lines at hand; FEW where a tile would not fit a core's L2 cache.
+SIDE_BY_SIDE, APART, FEW = 256, 64, 16
+L1_BYTES, L2_BYTES, LINE = 24_576, 1 << 19, 64
 GRAIN = 16_384
 
 
@@ -108,21 +110,26 @@ def _launcher(loop: Region, *dtypes: torch.dtype | None) -> Launcher:
     compute = "float64" if dtypes[0] == torch.float64 else "float32"
     widths = [compute] * 5 + ["float64", compute, "float64", "float64"]
     slots = [optional_pointer(d, k, w) for k, (d, w) in enumerate(zip(dtypes, widths, strict=True))]
-    number = getattr(types, compute)
-    double = types.float64
+    scratch = [pointer(compute, k, compute) for k in range(9, 14)]
+    scratch += [pointer("float64", k, "float64") for k in range(14, 19)]
+    double, number = types.float64, getattr(types, compute)
     if loop is softmax_rows:
-        return Launcher(loop, *slots, double, double, double, number, *[types.intp] * 8)
-    columns = [pointer(compute, k, compute) for k in (9, 10, 11)]
-    totals = [pointer("float64", k, "float64") for k in (12, 13)]
+        shifts, exps = scratch[0], types.none if _in_place(dtypes[0], dtypes[6]) else scratch[1]
+        last = (double, double, number, *[types.intp] * 8)
+        return Launcher(loop, *slots, double, shifts, exps, *last)
     del slots[2]
-    return Launcher(
-        loop, *slots, double, *columns, *totals, double, double, double, number, *[types.intp] * 11
-    )
+    last = (double, double, double, number, *[types.intp] * 12)
+    return Launcher(loop, *slots, double, *scratch, *last)
+
+
+def _in_place(input: torch.dtype | None, grad: torch.dtype | None) -> bool:
+    """Whether a gradient's memory can hold intermediate numbers, or none is wanted."""
+    return grad is None or (grad == input and grad.itemsize > 2)
 
 
 def _run(
     call: _Call,
-    losses: torch.Tensor | None,
+    losses: torch.Tensor | int | None,
     grad: torch.Tensor | None,
     upstream: torch.Tensor | None,
     loss: torch.Tensor | None,
@@ -143,35 +150,48 @@ def _run(
     dtypes = [None if t is None else t.dtype for t in tensors]
     addresses = [None if t is None else t.data_ptr() for t in tensors]
     parts = min(parts_for(rows * x.classes, GRAIN), max(rows, 1))
-    compute = torch.float64 if call.input.dtype == torch.float64 else torch.float32
+    size = 8 if call.input.dtype == torch.float64 else 4
     if x.class_stride == 1 and (x.classes >= LONG_ROW or call.target is None):
         t = x if call.probability is None else _axis(call.probability)
+        blocks = -(-x.classes // BLOCK)
+        in_place = _in_place(dtypes[0], dtypes[6])
+        shifts, held = memory.scratch(parts * (blocks + (not in_place) * x.classes) * size)
+        exps = None if in_place else shifts + parts * blocks * size
         _launcher(softmax_rows, *dtypes)(
-            parts, *addresses, divisor, call.hard, scale, 0.0, call.ignore_index, x.classes,
-            x.inner, rows, x.outer_stride, x.inner_stride, t.outer_stride, t.inner_stride,
+            parts, *addresses, divisor, shifts, exps, call.hard, scale, 0.0, call.ignore_index,
+            x.classes, x.inner, rows, x.outer_stride, x.inner_stride, t.outer_stride,
+            t.inner_stride,
         )  # fmt: skip
         return
-    fits = x.classes * TILE_WIDTH * 4 <= TILE_BYTES
-    width = max(min(TILE_WIDTH if fits else NARROW_WIDTH, x.inner), 1)
-    tile = call.input.new_empty(parts * width * (x.classes + 2), dtype=compute)
-    totals = call.input.new_empty(2 * parts * width, dtype=torch.float64)
-    tops = tile.data_ptr() + parts * width * x.classes * tile.itemsize
-    sums = tops + parts * width * tile.itemsize
-    columns = (
-        tile.data_ptr(),
-        tops,
-        sums,
-        totals.data_ptr(),
-        totals.data_ptr() + 8 * parts * width,
-    )
+    width, pitch = _tile(x, size)
+    line = parts * pitch
+    start, held = memory.scratch(line * ((x.classes + 4) * size + 5 * 8))
+    numbers = start + line * 5 * 8  # the float64 ones come first, for their alignment
+    first = numbers + line * x.classes * size
+    columns = [numbers, *range(first, first + 4 * line * size, line * size)]
+    columns += range(start, start + 5 * line * 8, line * 8)
     mass = 0.0 if call.smooth is None else float(call.smooth.sum(dtype=torch.float64))
     g = dense_axis(x)
     del addresses[2]
     _launcher(softmax_tiles, *dtypes)(
         parts, *addresses, divisor, *columns, call.hard, mass, scale, 0.0, call.ignore_index,
         x.classes, x.inner, rows, x.outer_stride, x.inner_stride, x.class_stride,
-        g.outer_stride, g.inner_stride, g.class_stride, width,
+        g.outer_stride, g.inner_stride, g.class_stride, width, pitch,
     )  # fmt: skip
+    del held
+
+
+def _tile(x: ClassAxis, size: int) -> tuple[int, int]:
+    """How many positions a tile has, and how far apart its classes are."""
+    width, position = APART, x.classes * size
+    if x.inner_stride == 1 and position * SIDE_BY_SIDE <= L1_BYTES:
+        width = SIDE_BY_SIDE
+    if position * width > L2_BYTES:
+        width = FEW
+    width = max(min(width, x.inner), 1)
+    # Whole cache lines, an odd number of them: classes of one position then share no cache set.
+    lines = -(-width * size // LINE)
+    return width, (lines | 1) * LINE // size
 
 
 def _empty_gradient(input: torch.Tensor, x: ClassAxis) -> torch.Tensor:

@@ -9,6 +9,7 @@ owns the memory, and the array's end calls back. A tensor that the user keeps si
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections import deque
 
@@ -20,6 +21,8 @@ POOLED_BYTES = 1 << 20
 # Buffers kept for reuse: a training step has one or two in flight per loss.
 KEPT_BUFFERS = 4
 _ALIGNMENT = 64
+# What a thread keeps for its launches' intermediate numbers.
+SCRATCH_BYTES = 1 << 19
 
 # append and popleft are atomic: a finalizer may run in the middle of `empty`.
 _free: deque[np.ndarray] = deque(maxlen=KEPT_BUFFERS)
@@ -41,6 +44,28 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     loan = memory[:size]
     weakref.finalize(loan, _free.append, memory).atexit = False
     return torch.from_numpy(loan).view(dtype).view(shape)
+
+
+class _Scratch(threading.local):
+    memory: np.ndarray | None = None
+    address = 0
+
+
+_scratch = _Scratch()
+
+
+def scratch(size: int) -> tuple[int, object]:
+    """Uninitialised memory for one launch: its address, and what has to live as long.
+
+    A small one is this thread's own, and the same one each time.
+    """
+    if size > SCRATCH_BYTES:
+        memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+        return memory.data_ptr(), memory
+    if _scratch.memory is None:
+        _scratch.memory = np.empty(SCRATCH_BYTES + _ALIGNMENT, np.uint8)
+        _scratch.address = -(-_scratch.memory.ctypes.data // _ALIGNMENT) * _ALIGNMENT
+    return _scratch.address, _scratch.memory
 
 
 def _take(size: int) -> np.ndarray:

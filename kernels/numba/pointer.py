@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import NativeValue, intrinsic, models, register_model, unbox
 
-SLOTS = 16
+SLOTS = 19
 _BYTE = ir.IntType(8)
 _IR = {
     "float64": ir.DoubleType(),
@@ -33,7 +33,7 @@ class Pointer(types.Type):
     Args:
         element: name of the dtype in memory, a key of the table above.
         compute: numba type that `load` yields and `store` takes.
-        slot: number of the alias scope, 0 to 15; different slots never overlap.
+        slot: number of the alias scope, below SLOTS; different slots never overlap.
     """
 
     def __init__(self, element: str, compute: types.Type, slot: int) -> None:

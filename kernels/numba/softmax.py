@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
-from .compiler import kernel
+from .compiler import inlined, kernel
 from .pointer import load
 
 
-@kernel
-def chosen_loss(x: Any, top: Any, total: float, share: float) -> float:
+@inlined
+def chosen_loss(x: Any, top: Any, log_total: float, share: float) -> float:
     """share * -log softmax at the class index, in float64."""
-    return share * (np.float64(top) - np.float64(x) + math.log(total))
+    return share * (np.float64(top) - np.float64(x) + log_total)
 
 
-@kernel
-def chosen_gradient(p: float, share: float, mass: float, smooth: Any, label: int) -> float:
+@inlined
+def chosen_gradient(p: float, share: float, mass: float, smooth: float) -> float:
     """The gradient at the class index, where softmax is p, in float64.
 
     In low precision the difference of two rounded numbers p - 1 has no digit left once p
     is near 1, which random logits never show and trained models always do.
     """
-    g = (mass + share) * p - share
-    if smooth is not None:
-        g -= np.float64(load(smooth, label))
-    return g
+    return (mass + share) * p - share - smooth
 
 
 @kernel
