@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch.nn import Parameter
 
 import fastopt
 from fastopt.optim import _metadata
+from fastopt.optim._kinds import Spans
 
 
 @pytest.fixture(params=["compiled", "python"], autouse=True)
@@ -39,22 +41,39 @@ def some() -> list[Tensor]:
         torch.randn(2, 3, 5, 7).to(memory_format=torch.channels_last),
         torch.randint(9, (5,), dtype=torch.uint8),
         torch.randn(6).half(),
-        torch.empty(3, 4, device="meta"),
     ]
 
 
+def prove(written: list[Tensor], grads: list[Tensor]) -> tuple[_metadata.Proof, np.ndarray]:
+    addresses = np.zeros(len(grads), np.int64)
+    return _metadata.prove(written, grads, addresses, Spans(written)), addresses
+
+
 def test_it_holds_and_finds_others() -> None:
-    first, second = some(), some()
-    proof = _metadata.prove(first)
+    written, first = some(), some()
+    proof, found = prove(written, first)
     for _ in range(3):
-        assert proof.holds(first)
-        found = proof.addresses(second)
-        assert found is not None
-        assert found.tolist() == [t.data_ptr() for t in second]
-        assert proof.holds(first)
-        for t in first:
+        for grads in (first, some(), some()):
+            assert proof.holds(written, grads)
+            assert found.tolist() == [t.data_ptr() for t in grads]
+        for t in (*written, *first):
             if t.is_floating_point():
                 t.detach().add_(1)  # values are not what it is about
+
+
+def test_gradients_among_what_is_written() -> None:
+    memory = torch.zeros(100)
+    written = [memory[10:20], memory[40:50], torch.zeros(10)]
+    proof, found = prove(written, [torch.zeros(10) for _ in range(3)])
+    apart = [memory[:10], memory[20:30], memory[30:40]]
+    assert proof.holds(written, apart)
+    assert found.tolist() == [t.data_ptr() for t in apart]
+    for first, inside in ((1, True), (10, True), (11, True), (19, True), (31, True), (49, True),
+                          (50, False), (90, False)):  # fmt: skip
+        for place in range(3):
+            grads = list(apart)
+            grads[place] = memory[first : first + 10]
+            assert proof.holds(written, grads) is not inside
 
 
 def by_data(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Any]:
@@ -77,7 +96,7 @@ EDITS: dict[str, Callable[[Tensor], Any]] = {
     "negated": by_data(torch._neg_view),
     "offset": by_data(lambda t: torch.cat((t[:1], t))[1:]),
     "resized": lambda t: t.resize_(5, 4),
-    "freed": lambda t: t.untyped_storage().resize_(0),
+    "released": lambda t: t.untyped_storage().resize_(0),
     "class": lambda t: setattr(t, "__class__", Sub),
     "swapped": lambda t: torch.utils.swap_tensors(t, torch.randn(4, 4)),
     "meta": lambda t: torch.utils.swap_tensors(t, torch.empty(4, 4, device="meta")),
@@ -89,11 +108,17 @@ EDITS: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_change_is_noticed(edit: Callable[[Tensor], Any], place: int) -> None:
     tensors = [torch.randn(4, 4) for _ in range(3)]
-    proof = _metadata.prove(tensors)
-    assert proof.holds(tensors)
+    grads = [torch.randn(4, 4) for _ in range(3)]
+    proof, _ = prove(tensors, grads)
+    assert proof.holds(tensors, grads)
     edit(tensors[place])
-    assert not proof.holds(tensors)
-    assert not proof.holds(tensors)
+    assert not proof.holds(tensors, grads)
+    assert not proof.holds(tensors, grads)
+
+
+def release(t: Tensor) -> Tensor:
+    t.untyped_storage().resize_(0)
+    return t
 
 
 OTHERS: dict[str, Callable[[], Any]] = {
@@ -110,6 +135,7 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "device": lambda: torch.empty(4, 4, device="meta"),
     "negated": lambda: torch._neg_view(torch.randn(4, 4)),
     "complex": lambda: torch.randn(4, 4, dtype=torch.complex64),
+    "released": lambda: release(torch.randn(4, 4)),
 }
 
 
@@ -119,11 +145,12 @@ OTHERS: dict[str, Callable[[], Any]] = {
 def test_what_is_not_alike(
     make: Callable[[], Any], place: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    proof = _metadata.prove([torch.randn(4, 4) for _ in range(3)])
+    written = [torch.randn(4, 4) for _ in range(3)]
     others: list[Any] = [torch.randn(4, 4) for _ in range(3)]
-    assert proof.addresses(others) is not None
+    proof, _ = prove(written, others)
+    assert proof.holds(written, others)
     others[place] = make()
-    assert proof.addresses(others) is None
+    assert not proof.holds(written, others)
     assert not capfd.readouterr().err, "torch wrote down an error of ours"
 
 
@@ -148,12 +175,12 @@ def test_released_memory_is_an_error(which: str, later: bool) -> None:
 
 
 def test_it_keeps_nothing_alive() -> None:
-    tensors = [torch.randn(4, 4)]
-    proof = _metadata.prove(tensors)
-    gone = weakref.ref(tensors[0])
+    tensors = [torch.randn(4, 4), torch.randn(4, 4)]
+    proof, _ = prove(tensors[:1], tensors[1:])
+    gone = list(map(weakref.ref, tensors))
     tensors.clear()
     gc.collect()
-    assert gone() is None
+    assert [t() for t in gone] == [None, None]
     del proof
 
 

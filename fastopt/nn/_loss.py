@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
+from torch.nn._reduction import get_enum
 from torch.utils._device import DeviceContext
 
 from .. import dispatch
@@ -19,7 +20,10 @@ P = ParamSpec("P")
 Tensors = tuple[Tensor | None, ...]
 
 _AUTOCAST = ("cpu", "cuda", "xpu")
-_REDUCTIONS = ("none", "mean", "sum")
+#: torch's numbers for the reductions, as its own functions pass them on
+REDUCTIONS = {name: get_enum(name) for name in ("none", "mean", "sum")}
+_PLAIN = (Tensor, torch.nn.Parameter)
+_NUMBERS = (str, int, float, bool, type(None))
 
 
 class Call(NamedTuple):
@@ -52,7 +56,7 @@ def prepare(
     assert input is not None
     given = [t for t in tensors if t is not None]
     _add_circumstances(given, special)
-    if reduction not in _REDUCTIONS:
+    if reduction not in REDUCTIONS:
         special.append(f"reduction={reduction!r}")
     device = input.device
     dtypes = tuple([t.dtype for t in given])
@@ -79,7 +83,7 @@ def _add_circumstances(tensors: list[Tensor], special: list[str]) -> None:
     """Note what only torch itself can follow, in the tensors and around the call."""
     device = tensors[0].device
     for t in tensors:
-        if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+        if type(t) not in _PLAIN:
             special.append(f"a tensor of type {type(t).__name__}")
         elif t.layout is not torch.strided:
             special.append(f"layout={t.layout}")
@@ -87,7 +91,13 @@ def _add_circumstances(tensors: list[Tensor], special: list[str]) -> None:
             special.append("a lazily negated tensor")
         if t.device != device:
             special.append("tensors on different devices")
-    if _has_function_mode():
+    special += _ambience()
+
+
+def _ambience() -> list[str]:
+    """What there is around a call that only torch itself can follow."""
+    special = []
+    if torch._C._len_torch_function_stack() and _has_function_mode():
         special.append("a torch function override")
     if torch._C._are_functorch_transforms_active():
         special.append("a torch.func transform")
@@ -97,6 +107,7 @@ def _add_circumstances(tensors: list[Tensor], special: list[str]) -> None:
         special.append("torch.compile")
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         special.append("tracing")
+    return special
 
 
 def _has_function_mode() -> bool:
@@ -107,21 +118,88 @@ def _has_function_mode() -> bool:
     )
 
 
-def evaluate(call: Call) -> Tensor | None:
-    """The loss, or None where the reference is to compute it from the original arguments.
-
-    Raises:
-        BackendUnavailable: the backend insisted on can't serve the call.
-    """
-    decision = dispatch.choose(call.request)
-    if decision.backend == "reference":
-        return None
-    backend = dispatch.load(decision.backend)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call.tensors):
-        result: Tensor = _FusedLoss.apply(backend, call.options, *call.tensors)  # type: ignore[no-untyped-call]
+def evaluate(backend: Any, options: hyper.Loss, tensors: Tensors) -> Tensor:
+    """The loss by a compiled backend."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        result: Tensor = _FusedLoss.apply(backend, options, *tensors)  # type: ignore[no-untyped-call]
         return result
-    loss: Tensor = backend.forward(call.options, call.tensors, (False,) * len(call.tensors))[0]
+    loss: Tensor = backend.forward(options, tensors, (False,) * len(tensors))[0]
     return loss
+
+
+class _Settled(NamedTuple):
+    """A call's analysis, for all calls of the same metadata.
+
+    Attributes:
+        backend: the one to serve it, None for the reference.
+        options: the call without its tensors.
+        places: where the arguments have each of the call's tensors; None for one not given.
+    """
+
+    backend: Any
+    options: hyper.Loss
+    places: tuple[int | None, ...]
+
+    def serve(self, values: tuple[Any, ...]) -> Tensor | None:
+        if self.backend is None:
+            return None
+        tensors = tuple([None if k is None else values[k] for k in self.places])
+        return evaluate(self.backend, self.options, tensors)
+
+
+class _Memory:
+    """What has been settled about the calls of one function, by all that the outcome depends on."""
+
+    LIMIT = 1024
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], _Settled] = {}
+
+    def find(self, key: tuple[Any, ...] | None) -> _Settled | None:
+        return None if key is None else self._known.get(key)
+
+    def settle(self, key: tuple[Any, ...] | None, call: Call, values: tuple[Any, ...]) -> _Settled:
+        """Decide about a call, and remember it.
+
+        Raises:
+            BackendUnavailable: the backend insisted on can't serve the call.
+        """
+        name = dispatch.choose(call.request).backend
+        backend = None if name == "reference" else dispatch.load(name)
+        places = [
+            None if t is None else next(k for k, v in enumerate(values) if v is t)
+            for t in call.tensors
+        ]
+        settled = _Settled(backend, call.options, tuple(places))
+        given = [k for k in places if k is not None]
+        if key is not None and len(set(given)) == len(given):  # else places are not the arguments'
+            if len(self._known) >= self.LIMIT:
+                self._known.clear()
+            self._known[key] = settled
+        return settled
+
+
+def _key(names: Any, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """All of a call that an analysis looks at; None where that may be more than this.
+
+    Args:
+        names: of those arguments that were given by name, the last ones.
+        values: all arguments.
+    """
+    key: list[Any] = [dispatch.insisted(), *names]
+    for value in values:
+        kind = type(value)
+        if kind in _PLAIN:
+            if value.layout is not torch.strided or value.is_neg():
+                return None
+            device = value.device
+            key += (value.shape, value.stride(), value.dtype, device, value.requires_grad)
+            key.append(autocasts(device))
+        elif kind in _NUMBERS:
+            key += (kind, value)
+        else:
+            return None
+    return None if _ambience() else tuple(key)
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -209,6 +287,7 @@ def loss_function(
     def decorate(documented: Callable[P, None]) -> Callable[P, Tensor]:
         analyse.__qualname__ = documented.__name__  # for Python's errors about arguments
         small = dispatch.CROSSOVER.get(documented.__name__, 0)
+        memory = _Memory()
 
         @functools.wraps(documented)
         def function(*args: P.args, **kwargs: P.kwargs) -> Tensor:
@@ -219,15 +298,22 @@ def loss_function(
                 args[0].is_cpu and dispatch.insisted() is None
             ):  # fmt: skip
                 return fallback(*args, **kwargs)
-            try:
+            values = (*args, *kwargs.values())
+            key = _key(kwargs, values)
+            settled = memory.find(key)
+            if settled is None:
                 call = analyse(*args, **kwargs)
-                if call is None and (tracer := _tracer(*args, *kwargs.values())) is not None:
-                    node: Tensor = tracer.create_proxy("call_function", function, args, kwargs)
-                    return node
-                loss = None if call is None else evaluate(call)
-            except BackendUnavailable:
-                fallback(*args, **kwargs)  # bad input gets torch's own error, first of all
-                raise
+                if call is None:
+                    if (tracer := _tracer(*values)) is not None:
+                        node: Tensor = tracer.create_proxy("call_function", function, args, kwargs)
+                        return node
+                    return fallback(*args, **kwargs)
+                try:
+                    settled = memory.settle(key, call, values)
+                except BackendUnavailable:
+                    fallback(*args, **kwargs)  # bad input gets torch's own error, first of all
+                    raise
+            loss = settled.serve(values)
             return fallback(*args, **kwargs) if loss is None else loss
 
         def decide(*args: P.args, **kwargs: P.kwargs) -> Decision:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _nn
 from torch.nn import functional as F
 
 from ..kernels import hyper
@@ -15,7 +16,7 @@ from ._loss import LossModule, loss_function
 __all__ = ["L1Loss", "l1_loss"]
 
 
-@loss_function(_pointwise.analyser("l1_loss", hyper.L1()), F.l1_loss)
+@loss_function(_pointwise.analyser("l1_loss", hyper.L1()), _pointwise.direct(F.l1_loss, _nn.l1_loss))
 def l1_loss(
     input: Tensor,
     target: Tensor,

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _nn
 from torch.nn import functional as F
 
 from ..kernels import hyper
@@ -15,7 +16,7 @@ from ._loss import LossModule, loss_function
 __all__ = ["MSELoss", "mse_loss"]
 
 
-@loss_function(_pointwise.analyser("mse_loss", hyper.MSE()), F.mse_loss)
+@loss_function(_pointwise.analyser("mse_loss", hyper.MSE()), _pointwise.direct(F.mse_loss, _nn.mse_loss))
 def mse_loss(
     input: Tensor,
     target: Tensor,

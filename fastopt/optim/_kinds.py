@@ -262,23 +262,23 @@ def _layout_specials(param: Tensor, grad: Tensor) -> list[str]:
 
 
 class Spans:
-    """The stretches of memory that some tensors occupy."""
+    """The stretches of memory that some tensors occupy, in order."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         spans = sorted(_span(t) for t in tensors if _has_memory(t))
-        self._starts = np.array([s[0] for s in spans], np.int64)
-        self._ends = np.array([s[1] for s in spans], np.int64)
+        self.starts = np.array([s[0] for s in spans], np.int64)
+        self.ends = np.array([s[1] for s in spans], np.int64)
 
     def overlap_among_themselves(self) -> bool:
-        return bool((self._ends[:-1] > self._starts[1:]).any())
+        return bool((self.ends[:-1] > self.starts[1:]).any())
 
     def overlap(self, starts: Sequence[int] | np.ndarray, ends: np.ndarray) -> bool:
         """Whether any span [start, end) overlaps one of these, which must not overlap."""
-        if not len(self._ends):
+        if not len(self.ends):
             return False
-        first = np.searchsorted(self._ends, np.asarray(starts, np.int64), side="right")
-        inside = first < len(self._ends)
-        return bool((self._starts[first[inside]] < ends[inside]).any())
+        first = np.searchsorted(self.ends, np.asarray(starts, np.int64), side="right")
+        inside = first < len(self.ends)
+        return bool((self.starts[first[inside]] < ends[inside]).any())
 
 
 def _has_memory(tensor: Tensor) -> bool:

@@ -10,24 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._kinds import Spans
+
 __all__ = ["Proof", "Versions", "prove"]
 
 
 class Proof(Protocol):
-    """Of types, dtypes, devices, sizes and strides, and addresses, of some tensors.
+    """Of types, dtypes, devices, sizes and strides, and addresses, of a step's tensors.
 
     It may say no where nothing that matters has changed, never yes where something has. It keeps
     no tensor.
     """
 
-    def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the tensors, the same ones as at first, are what they were, and where."""
-        ...
+    def holds(self, written: Sequence[Tensor], grads: Sequence[Any]) -> bool:
+        """Whether all are what they were; new addresses of gradients are written down.
 
-    def addresses(self, tensors: Sequence[Any]) -> np.ndarray | None:
-        """Where the elements of as many other tensors begin; None if they are not alike.
-
-        The array is valid until the next call.
+        Args:
+            written: what the step writes to, the same objects as at first; must be where it was.
+            grads: the gradients, which may be other ones, with memory of their own.
         """
         ...
 
@@ -42,25 +42,43 @@ def _compiled() -> Any:
     return proof if proof.available() else None
 
 
-def prove(tensors: Sequence[Tensor]) -> Proof:
-    """The proof that tensors are what and where they are now."""
-    proof: Proof = _compiled().Proof(tensors) if _compiled() else _SlowProof(tensors)
-    return proof
+def prove(
+    written: Sequence[Tensor], grads: Sequence[Tensor], addresses: np.ndarray, spans: Spans
+) -> Proof:
+    """The proof that a step's tensors are what they are now.
+
+    Args:
+        written, grads: as for `holds`.
+        addresses: gets where each gradient's elements begin, now and whenever the proof holds.
+        spans: the memory that gradients must lie outside of.
+    """
+    if _compiled():
+        proof: Proof = _compiled().Proof(written, grads, addresses, spans.starts, spans.ends)
+        return proof
+    return _SlowProof(written, grads, addresses, spans)
 
 
 class _SlowProof:
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._known = list(map(_metadata, tensors))
-        self._where = list(map(Tensor.data_ptr, tensors))
+    def __init__(
+        self, written: Sequence[Tensor], grads: Sequence[Tensor], addresses: np.ndarray,
+        spans: Spans,
+    ) -> None:  # fmt: skip
+        self._known = list(map(_metadata, [*written, *grads]))
+        self._where = list(map(Tensor.data_ptr, written))
+        self._addresses, self._spans = addresses, spans
+        self._sizes = np.array([t.numel() * t.itemsize for t in grads], np.int64)
+        addresses[:] = list(map(Tensor.data_ptr, grads))
 
-    def holds(self, tensors: Sequence[Tensor]) -> bool:
-        found = self.addresses(tensors)
-        return found is not None and found.tolist() == self._where
-
-    def addresses(self, tensors: Sequence[Any]) -> np.ndarray | None:
-        if list(map(_metadata, tensors)) != self._known:
-            return None
-        return np.array(list(map(Tensor.data_ptr, tensors)), np.int64)
+    def holds(self, written: Sequence[Tensor], grads: Sequence[Any]) -> bool:
+        if list(map(_metadata, [*written, *grads])) != self._known:
+            return False
+        if list(map(Tensor.data_ptr, written)) != self._where:
+            return False
+        found = np.array(list(map(Tensor.data_ptr, grads)), np.int64)
+        if self._sizes[found == 0].any() or self._spans.overlap(found, found + self._sizes):
+            return False
+        self._addresses[:] = found
+        return True
 
 
 def _metadata(tensor: Tensor) -> Any:

@@ -82,7 +82,9 @@ class StepPlan:
         # Only now, when nothing can fail any more, states begin.
         begun = _create_states(optimizer, planned) if compiled else set()
         self._buckets = [Bucket(optimizer, share, begun, launch) for share, launch in compiled]
-        self._spans = Spans(list(chain.from_iterable(b.written for b in self._buckets)))
+        spans = Spans(list(chain.from_iterable(b.written for b in self._buckets)))
+        for bucket in self._buckets:
+            bucket.prove(spans)
         # All but the step counters, which no graph can have saved.
         updated = list(chain.from_iterable(b.updated for b in self._buckets))
         self._versions = Versions(updated) if updated else None
@@ -107,7 +109,7 @@ class StepPlan:
             same_states = all(bucket.has_states_of(optimizer) for bucket in self._buckets)
         else:
             same_states = _same(optimizer.state.values(), self._states)
-        if not same_states or not all(bucket.holds(self._spans) for bucket in self._buckets):
+        if not same_states or not all(bucket.holds() for bucket in self._buckets):
             return False
         if self._fixed and _same(_values(optimizer), self._values):
             return True
@@ -220,13 +222,8 @@ class Bucket:
         counters = len(params) if kind.step is not None else 0
         self.updated = self.written[: len(self.written) - counters]
 
-        self._unchanged = prove(self.written)
-        sizes = list(map(Tensor.numel, params))
-        grads = list(map(_grad, params))
-        self._grads = prove(grads)
-        self._grad_bytes = np.array(sizes, np.int64) * kind.grad.itemsize
         offsets = np.zeros(len(params) + 1, np.int64)
-        np.cumsum(sizes, out=offsets[1:])
+        np.cumsum(list(map(Tensor.numel, params)), out=offsets[1:])
         self._tables = Tables(
             device=kind.device,
             hypers=np.zeros((len(self._rows), len(optimizer._record._fields))),
@@ -236,7 +233,6 @@ class Bucket:
             addresses=addresses,
             counted_on_device=kind.counted_on_device,
         )
-        self._set_grads(np.array(list(map(_data_ptr, grads)), np.int64))
         self._launch = launcher(self._tables)
 
     def set_hypers(self, optimizer: PlannedStep) -> None:
@@ -261,30 +257,20 @@ class Bucket:
         states = optimizer.state
         return all(states.get(p) is d for p, d in zip(self._params, self._state_dicts))  # noqa: B905
 
-    def holds(self, written: Spans) -> bool:
-        """Prove all addresses but the gradients', and replace those."""
+    def prove(self, spans: Spans) -> None:
+        """Begin to prove, now that it is known what memory all of the step writes to."""
+        grads = list(map(_grad, self._params))
+        self._proof = prove(self.written, grads, self._tables.addresses[-2], spans)
+
+    def holds(self) -> bool:
+        """Prove all that the tables say, and take in new gradients."""
         try:
             for find, tensors in self._lines:
                 if not all(map(is_, map(find, self._state_dicts), tensors)):
                     return False
         except (KeyError, TypeError):  # a state removed
             return False
-        if not self._unchanged.holds(self.written):
-            return False
-        pointers = self._grads.addresses(list(map(_grad, self._params)))
-        if pointers is None:
-            return False
-        if not np.array_equal(pointers, self._grad_pointers):
-            if not pointers.all() and self._grad_bytes[pointers == 0].any():
-                return False  # memory that has been released
-            if written.overlap(pointers, pointers + self._grad_bytes):
-                return False
-            self._set_grads(pointers)
-        return True
-
-    def _set_grads(self, pointers: np.ndarray) -> None:
-        self._grad_pointers = self._tables.addresses[-2]
-        self._grad_pointers[:] = pointers
+        return self._proof.holds(self.written, list(map(_grad, self._params)))
 
     def run(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Launch."""

@@ -129,13 +129,13 @@ def _in_place(input: torch.dtype | None, grad: torch.dtype | None) -> bool:
 
 def _run(
     call: _Call,
-    losses: torch.Tensor | int | None,
+    losses: torch.Tensor | None,
     grad: torch.Tensor | None,
     upstream: torch.Tensor | None,
     loss: torch.Tensor | None,
     scale: float,
 ) -> None:
-    """Compute the losses of all positions, their scaled sum and the gradient, each if wanted.
+    """Compute the positions' losses, or their sum, and the gradient, each if wanted.
 
     The gradient is scale * upstream[position] times the derivative of a position's loss,
     or scale times it without upstream; loss is the sum of the losses over the denominator.
@@ -149,23 +149,31 @@ def _run(
     )  # fmt: skip
     dtypes = [None if t is None else t.dtype for t in tensors]
     addresses = [None if t is None else t.data_ptr() for t in tensors]
+    ends = 0 if loss is None else 8 * rows
+    if loss is not None:  # the positions' losses are only on the way to it
+        dtypes[5] = torch.float64
     parts = min(parts_for(rows * x.classes, GRAIN), max(rows, 1))
     size = 8 if call.input.dtype == torch.float64 else 4
     if x.class_stride == 1 and (x.classes >= LONG_ROW or call.target is None):
         t = x if call.probability is None else _axis(call.probability)
         blocks = -(-x.classes // BLOCK)
         in_place = _in_place(dtypes[0], dtypes[6])
-        shifts, held = memory.scratch(parts * (blocks + (not in_place) * x.classes) * size)
+        start, held = memory.scratch(ends + parts * (blocks + (not in_place) * x.classes) * size)
+        addresses[5] = addresses[5] if loss is None else start
+        shifts = start + ends
         exps = None if in_place else shifts + parts * blocks * size
         _launcher(softmax_rows, *dtypes)(
             parts, *addresses, divisor, shifts, exps, call.hard, scale, 0.0, call.ignore_index,
             x.classes, x.inner, rows, x.outer_stride, x.inner_stride, t.outer_stride,
             t.inner_stride,
         )  # fmt: skip
+        del held
         return
     width, pitch = _tile(x, size)
     line = parts * pitch
-    start, held = memory.scratch(line * ((x.classes + 4) * size + 5 * 8))
+    start, held = memory.scratch(ends + line * ((x.classes + 4) * size + 5 * 8))
+    addresses[5] = addresses[5] if loss is None else start
+    start += ends
     numbers = start + line * 5 * 8  # the float64 ones come first, for their alignment
     first = numbers + line * x.classes * size
     columns = [numbers, *range(first, first + 4 * line * size, line * size)]
@@ -205,15 +213,14 @@ def forward(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...] | None, None]:
     """The loss, and its gradients for a grad_output of 1 (None where that isn't settled yet)."""
     call = _prepare(options, tensors)
-    shape = call.input.shape[:1] + call.input.shape[2:] if call.input.dim() > 1 else ()
     if options.reduction == "none":
+        shape = call.input.shape[:1] + call.input.shape[2:] if call.input.dim() > 1 else ()
         losses = call.input.new_empty(shape, dtype=options.dtype)
         _run(call, losses, None, None, None, 1.0)
         return losses, None, None
-    losses = call.input.new_empty(shape, dtype=torch.float64)
-    loss = call.input.new_empty((), dtype=options.dtype)
+    loss = torch.empty((), dtype=options.dtype, device="cpu")
     grad = _empty_gradient(call.input, call.axis) if needs[0] else None
-    _run(call, losses, grad, None, loss, _inverse(call.denominator))
+    _run(call, None, grad, None, loss, _inverse(call.denominator))
     return loss, None if grad is None else (grad, None, None), None
 
 

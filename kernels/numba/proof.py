@@ -15,6 +15,7 @@ import ctypes
 import functools
 import itertools
 import sys
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,50 @@ def same_tensors(
 
 
 @locked_kernel
+def overlap(starts: Any, ends: Any, spans: int, address: int, size: int) -> bool:
+    """Whether [address, address + size) overlaps one of the spans, sorted and apart."""
+    low, high = 0, spans  # the first span that ends behind the address
+    while low < high:
+        middle = (low + high) // 2
+        if load(ends, middle) > address:
+            high = middle
+        else:
+            low = middle + 1
+    return low < spans and load(starts, low) < address + size
+
+
+@locked_kernel
+def same_step(
+    grads: Any, written: Any, writes: int, words: Any, known: Any, found: Any, found_of: int,
+    tensors: int, grad_words: Any, addresses: Any, addresses_of: int, sizes: Any, starts: Any,
+    ends: Any, spans: int, functions: Any, type_at: int, tensor_at: int,
+) -> bool:  # fmt: skip
+    """Whether a step's tensors are what they were; addresses gets the gradients' ones.
+
+    What is written must be where it was (known), and gradients must have memory, and apart from
+    it. found is scratch memory.
+    """
+    same = same_tensors(
+        written, writes, words, found, found_of, functions, type_at, tensor_at, False
+    )  # fmt: skip
+    if not same:
+        return False
+    for i in range(writes):
+        if load(found, i) != load(known, i):
+            return False
+    same = same_tensors(
+        grads, tensors, grad_words, addresses, addresses_of, functions, type_at, tensor_at, False
+    )  # fmt: skip
+    if not same:
+        return False
+    for i in range(tensors):
+        address, size = load(addresses, i), load(sizes, i)
+        if size > 0 and (address == 0 or overlap(starts, ends, spans, address, size)):
+            return False
+    return True
+
+
+@locked_kernel
 def bump_versions(objects: Any, inner: Any, count: int, tensor_at: int, bump: int) -> bool:
     """Whether each object still has the same C++ tensor; if so, increment all versions."""
     for i in range(count):
@@ -159,11 +204,27 @@ class _Torch:
         self.type_at = _offset(parameter, id(type(parameter)))
         self.tensor_at = _offset(parameter, parameter._cdata)
         index = pointer("int64", 0)
-        self.same_tensors = specialise(
-            same_tensors, index, types.intp, index, index, types.intp, index, types.intp,
-            types.intp, types.boolean,
+        number = types.intp
+        self._record = specialise(
+            same_tensors, index, number, index, index, number, index, number, number,
+            types.boolean,
         )  # fmt: skip
-        self.bump_versions = specialise(bump_versions, index, index, *[types.intp] * 3)
+        self.same_step = specialise(
+            same_step, index, index, number, index, index, index, number, number, index, index,
+            number, index, index, index, number, index, number, number,
+        )  # fmt: skip
+        self.bump_versions = specialise(bump_versions, index, index, *[number] * 3)
+
+    def record(self, tensors: Sequence[Tensor], addresses: np.ndarray) -> np.ndarray:
+        """What is to know of tensors; addresses gets where their elements begin."""
+        words = np.empty(sum(_WORDS + 2 * t.dim() for t in tensors), np.int64)
+        objects, where = _objects(tensors), addresses.ctypes.data
+        if not self._record(
+            objects.ctypes.data, len(tensors), words.ctypes.data, where, where,
+            self.functions.ctypes.data, self.type_at, self.tensor_at, True,
+        ):  # fmt: skip
+            raise RuntimeError("torch did not say what these tensors are")
+        return words
 
 
 def _address(library: ctypes.CDLL, name: str) -> int:
@@ -186,40 +247,33 @@ def _torch() -> _Torch:
 
 
 class Proof:
-    """That some tensors are what they were, and where; and of other ones that they are alike.
+    """That the tensors of a step are what they were; see fastopt.optim._metadata."""
 
-    It keeps no tensor.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._torch = _torch()
-        self._objects = _objects(tensors)
-        self.words = np.empty(sum(_WORDS + 2 * t.dim() for t in tensors), np.int64)
-        self._addresses = np.empty(len(tensors), np.int64)
-        self._tail = (
-            self.words.ctypes.data, self._addresses.ctypes.data, self._addresses.ctypes.data,
-            self._torch.functions.ctypes.data, self._torch.type_at, self._torch.tensor_at,
+    def __init__(
+        self, written: Sequence[Tensor], grads: Sequence[Tensor], addresses: np.ndarray,
+        starts: np.ndarray, ends: np.ndarray,
+    ) -> None:  # fmt: skip
+        torch_ = self._torch = _torch()
+        known = np.empty(len(written), np.int64)
+        sizes = np.array([t.numel() * t.itemsize for t in grads], np.int64)
+        arrays = (
+            _objects(written), torch_.record(written, known), known, np.empty_like(known),
+            torch_.record(grads, addresses), addresses, sizes, starts, ends,
         )  # fmt: skip
-        if not self._same(self._objects, True):
-            raise RuntimeError("torch did not say what these tensors are")
-        self._known = self._addresses.copy()
-
-    def _same(self, objects: np.ndarray, recording: bool) -> bool:
-        same: bool = self._torch.same_tensors(
-            objects.ctypes.data, len(objects), *self._tail, recording
+        self._arrays = arrays  # whose memory the kernel reads
+        objects, words, known_, found, grad_words, line, sizes_, starts_, ends_ = (
+            a.ctypes.data for a in arrays
         )
+        self._arguments = (
+            objects, len(written), words, known_, found, found, len(grads), grad_words, line,
+            line, sizes_, starts_, ends_, len(starts), torch_.functions.ctypes.data,
+            torch_.type_at, torch_.tensor_at,
+        )  # fmt: skip
+
+    def holds(self, written: Sequence[Tensor], grads: Sequence[object]) -> bool:
+        objects = array("q", map(id, grads))
+        same: bool = self._torch.same_step(objects.buffer_info()[0], *self._arguments)
         return same
-
-    def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the tensors, the same ones as at first, are what they were, and where."""
-        return self._same(self._objects, False) and np.array_equal(self._addresses, self._known)
-
-    def addresses(self, tensors: Sequence[object]) -> np.ndarray | None:
-        """Where the elements of as many other tensors begin; None if they are not alike.
-
-        The array is valid until the next call.
-        """
-        return self._addresses if self._same(_objects(tensors), False) else None
 
 
 class Versions:
@@ -229,15 +283,14 @@ class Versions:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._torch, self._objects = _torch(), _objects(tensors)
-        self._inner = np.array([t._cdata for t in tensors], np.int64)
+        self._torch = torch_ = _torch()
+        self._arrays = _objects(tensors), np.array([t._cdata for t in tensors], np.int64)
+        addresses = (a.ctypes.data for a in self._arrays)
+        self._arguments = (*addresses, len(tensors), torch_.tensor_at, torch_.bump)
 
     def increment(self) -> bool:
         """Each by one; False, and nothing done, if one of them has become another C++ tensor."""
-        addresses = self._objects.ctypes.data, self._inner.ctypes.data
-        done: bool = self._torch.bump_versions(
-            *addresses, len(self._objects), self._torch.tensor_at, self._torch.bump
-        )
+        done: bool = self._torch.bump_versions(*self._arguments)
         return done
 
 
@@ -261,20 +314,20 @@ def available() -> bool:
             torch.empty(2, 0, 3, dtype=torch.float64, device="cpu"),
             torch._neg_view(torch.empty(5, dtype=torch.bfloat16, device="cpu")[1:]),
         ]
-    proof, versions = Proof(samples), Versions(samples)
-    words = iter(proof.words.tolist())
+    found = np.empty(len(samples), np.int64)
+    all_words, versions = _torch().record(samples, found), Versions(samples)
+    words = iter(all_words.tolist())
     for t in samples:
         kind, layout, _, device, index, dim, negated = itertools.islice(words, _WORDS)
         layouts = list(itertools.islice(words, 2 * t.dim()))
         if (kind, dim, negated) != (id(type(t)), t.dim(), t.is_neg()):
             return False
         if layouts != [*t.shape, *t.stride()] or (layout, device, index) != tuple(
-            proof.words[[1, 3, 4]]
+            all_words[[1, 3, 4]]
         ):
             return False
     before = [t._version for t in samples]
     versions.increment()
     if [t._version for t in samples] != [version + 1 for version in before]:
         return False
-    found = proof.addresses(samples)
-    return found is not None and found.tolist() == [t.data_ptr() for t in samples]
+    return found.tolist() == [t.data_ptr() for t in samples]
