@@ -44,9 +44,11 @@ class Contender(NamedTuple):
     results: Callable[[], list[torch.Tensor]]
 
 
-def _loss(row: LossRow, function: Callable[..., torch.Tensor]) -> Contender:
+def _loss(
+    row: LossRow, function: Callable[..., torch.Tensor], dtype: torch.dtype | None = None
+) -> Contender:
     torch.manual_seed(0)
-    leaf, *rest = row.make()
+    leaf, *rest = (t.to(dtype) if dtype and t.is_floating_point() else t for t in row.make())
     leaf.requires_grad_()
 
     def forward_and_backward() -> None:
@@ -92,15 +94,24 @@ def names(row: LossRow | OptimizerRow, full: bool) -> list[str]:
     return found + [COMPILED] * full
 
 
+def expect(row: LossRow | OptimizerRow) -> list[torch.Tensor]:
+    """What is right: of losses by torch in float64, of optimizers by torch."""
+    right = make(row, TORCH)
+    if isinstance(row, LossRow):
+        right = _loss(row, getattr(theirs, row.operation), torch.float64)
+    right.call()
+    return [t.clone() for t in right.results()]
+
+
 def check(row: LossRow | OptimizerRow, contender: Contender, expected: list[torch.Tensor]) -> None:
-    """Results like torch's, or an AssertionError."""
+    """Results are right, or an AssertionError."""
     for mine, its in zip(contender.results(), expected, strict=True):
-        digits = torch.finfo(its.dtype)
+        digits = torch.finfo(mine.dtype)
         limit = max(8 * digits.eps, 1e-7)
         scale = float(its.abs().max()) if its.numel() else 0.0
         smallest = 2 * digits.smallest_normal * digits.eps
         torch.testing.assert_close(
-            mine, its, rtol=limit, atol=limit * scale + smallest, msg=row.name
+            mine.to(its.dtype), its, rtol=limit, atol=limit * scale + smallest, msg=row.name
         )
 
 

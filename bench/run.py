@@ -24,7 +24,7 @@ from typing import Any
 import report
 import torch
 from cases import ROWS, LossRow, OptimizerRow
-from contenders import FASTOPT, HUGE_PAGES, TORCH, Elsewhere, check, make, names
+from contenders import FASTOPT, HUGE_PAGES, TORCH, Elsewhere, check, expect, make, names
 from steps import STEPS
 from steps import measure as measure_step
 from timer import Timed, interleaved, median, spread, timed
@@ -61,9 +61,8 @@ def _resident(key: str) -> int:
 def measure(row: LossRow | OptimizerRow, seconds: float, full: bool) -> dict[str, Any]:
     """One line of the result."""
     contenders: dict[str, Timed] = {}
-    expected: list[torch.Tensor] = []
     failed: dict[str, str] = {}
-    for name in sorted(names(row, full), key=lambda name: name != TORCH):
+    for name in names(row, full):
         if name == HUGE_PAGES:
             contenders[name] = Elsewhere(row, name)
             continue
@@ -75,11 +74,9 @@ def measure(row: LossRow | OptimizerRow, seconds: float, full: bool) -> dict[str
                 raise
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
-        if name == TORCH:
-            expected = [t.clone() for t in contender.results()]
-        check(row, contender, expected)
+        if name == FASTOPT:
+            check(row, contender, expect(row))
         contenders[name] = timed(contender.call)
-    expected.clear()
     if row.size >= report.LARGE:
         contenders[COPY] = copy_of(row.floor)
     times = interleaved(contenders, seconds)

@@ -1,20 +1,43 @@
-"""python -m fastopt: versions, devices, threads, and what runs where."""
+"""python -m fastopt: versions, devices, threads, and what runs where.
+
+python -m fastopt warmup [DTYPE ...]: compile for the CPU ahead of the first step.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
-import sys
 
 import torch
 
 from . import __version__, optim
-from .dispatch import BACKENDS, CROSSOVER, Request
+from ._warmup import DTYPES, warm_up
+from .dispatch import BACKENDS, CROSSOVER, SHORT_ROWS, Request
 from .nn import functional
 
 
-def main() -> int:
-    """Print the report."""
+def main() -> None:
+    """Report, or what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastopt", description="Without a command: versions, devices, backends."
+    )
+    commands = parser.add_subparsers(dest="command")
+    warmup = commands.add_parser(
+        "warmup", help="compile for the CPU ahead of the first step, into the disk cache"
+    )
+    warmup.add_argument("dtype", nargs="*", help=f"{', '.join(DTYPES)} (default: float32)")
+    arguments = parser.parse_args()
+    if arguments.command == "warmup":
+        if unknown := set(arguments.dtype) - DTYPES.keys():
+            parser.error(f"no dtype {', '.join(unknown)} (choose from {', '.join(DTYPES)})")
+        warm_up(arguments.dtype or ["float32"])
+    else:
+        report()
+
+
+def report() -> None:
+    """Print versions, devices and what runs where."""
     print(f"fastopt {__version__}")
     print(f"python  {platform.python_version()} on {platform.platform()}")
     for package in ("torch", "numba", "triton"):
@@ -36,7 +59,8 @@ def main() -> int:
     print("\nElements below which torch's own loss is the faster one:")
     for operation, count in CROSSOVER.items():
         print(f"  {operation:13s} {count:,}")
-    return 0
+    for operation, (classes, count) in SHORT_ROWS.items():
+        print(f"  {operation:13s} {count:,} in rows of up to {classes} classes")
 
 
 def _version(package: str) -> str:
@@ -56,4 +80,4 @@ def _devices() -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

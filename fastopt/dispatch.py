@@ -39,6 +39,7 @@ class Request(NamedTuple):
             reader; empty for the usual call.
         capability: compute capability (major, minor) of a CUDA device, else None.
         insisted: the backend named in use_backend, else None.
+        row: of a softmax, its classes if they lie side by side in memory, else 0.
     """
 
     operation: str
@@ -48,6 +49,7 @@ class Request(NamedTuple):
     special: tuple[str, ...] = ()
     capability: tuple[int, int] | None = None
     insisted: str | None = None
+    row: int = 0
 
 
 class Rule(NamedTuple):
@@ -176,11 +178,33 @@ _COMMON = (
 
 # -- the numba backend: CPU ----------------------------------------------------------
 
-# Elements from which the compiled path is at least as fast as torch's own (forward and
-# backward), measured over a grid of sizes on 2 cores with AVX-512. Below, what a call costs
-# before any kernel runs decides, and torch's C++ has less of that than Python.
-# Optimizers count tensors' fixed costs too, so theirs pays off from the first element.
-CROSSOVER = {"mse_loss": 131_072, "l1_loss": 65_536, "cross_entropy": 131_072}
+#: Elements from which the compiled path is at least as fast as torch's own (forward and
+#: backward), measured over a grid of sizes on 2 cores with AVX-512; the benchmark checks it.
+#: Below, what a call costs before any kernel runs decides, and torch's C++ has less of that than
+#: Python. Optimizers count tensors' fixed costs too, so theirs pays off from the first element.
+CROSSOVER = {"mse_loss": 98_304, "l1_loss": 16_384, "cross_entropy": 122_880}
+#: The same for rows of up to so many classes, which torch computes one number at a time.
+SHORT_ROWS = {"cross_entropy": (16, 6144)}
+
+
+def crossover(request: Request) -> int:
+    """Elements from which compiled code pays off for a request."""
+    longest, count = SHORT_ROWS.get(request.operation, (0, 0))
+    least = CROSSOVER.get(request.operation, 0)
+    return min(least, count) if 0 < request.row <= longest else least
+
+
+def is_small(operation: str) -> Callable[[torch.Tensor], bool]:
+    """A quick test of an operation's input: sure to be below the crossover if it says so."""
+    least = CROSSOVER.get(operation, 0)
+    longest, count = SHORT_ROWS.get(operation, (0, least))
+    surely = min(least, count)
+
+    def test(input: torch.Tensor) -> bool:
+        numel = input.numel()
+        return numel < surely or (numel < least and input.shape[-1] > longest)
+
+    return test
 
 
 @functools.cache
@@ -216,9 +240,9 @@ _NUMBA = Backend(
             lambda r: "float16 on a CPU without F16C instructions",
         ),
         Rule(
-            lambda r: r.numel >= CROSSOVER.get(r.operation, 0),
+            lambda r: r.numel >= crossover(r),
             lambda r: (
-                f"{r.numel} elements, fewer than the {CROSSOVER.get(r.operation, 0)} "
+                f"{r.numel} elements, fewer than the {crossover(r)} "
                 "from which compiled code pays off"
             ),
             advisory=True,

@@ -69,6 +69,38 @@ def test_cache_does_not_grow(warm: Path) -> None:
     assert cached(warm) == first, "a second run compiles nothing, so it writes nothing"
 
 
+def train() -> None:
+    """A step of what the warm-up has compiled for, on one thread and on two."""
+    for size in (1 << 12, 1 << 17):
+        torch.set_num_threads(2)
+        x = torch.randn(size, requires_grad=True)
+        with fastopt.use_backend("numba"):
+            fastopt.nn.MSELoss()(x, torch.randn(size)).backward()
+            logits = x.view(-1, 64)
+            fastopt.nn.CrossEntropyLoss()(logits, torch.zeros(len(logits)).long()).backward()
+            fastopt.optim.AdamW([x], weight_decay=0.1).step()
+            fastopt.optim.SGD([x], lr=0.1, momentum=0.9, nesterov=True).step()
+
+
+def test_warmup(tmp_path: Path) -> None:
+    """python -m fastopt warmup leaves nothing to compile."""
+    folder = copy_package(tmp_path)
+    code = """
+import runpy, sys, torch
+torch.set_num_threads(2)
+sys.argv = ["fastopt", "warmup"]
+runpy.run_module("fastopt", run_name="__main__")
+"""
+    words = run_code(code, folder)
+    assert "AdamW" in words
+    assert "float32" in words
+    assert "bfloat16" not in words
+    first = cached(folder)
+    assert first
+    run(train, package=folder)
+    assert cached(folder) == first
+
+
 # An edit that makes another function, and leaves the file as long as it was.
 EDIT = ("difference * difference, grad", "difference + difference, grad")
 

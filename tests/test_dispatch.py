@@ -13,7 +13,7 @@ import torch
 import fastopt
 import fastopt.nn.functional as ours
 from fastopt import BackendUnavailable, dispatch
-from fastopt.dispatch import BACKENDS, CROSSOVER, Decision, Request
+from fastopt.dispatch import BACKENDS, CROSSOVER, SHORT_ROWS, Decision, Request
 
 SINGLE = (torch.float32, torch.float32)
 LARGE = 1 << 20
@@ -122,6 +122,33 @@ def test_crossover(operation: str) -> None:
     assert str(limit) in reason
     assert str(limit - 1) in reason
     assert choose(operation=operation, numel=1, insisted="numba").backend == "numba"
+
+
+@pytest.mark.parametrize("operation", SHORT_ROWS)
+def test_crossover_of_short_rows(operation: str) -> None:
+    classes, limit = SHORT_ROWS[operation]
+    for row, least in ((0, CROSSOVER[operation]), (1, limit), (classes, limit),
+                       (classes + 1, CROSSOVER[operation])):  # fmt: skip
+        assert choose(operation=operation, numel=least, row=row).backend == "numba"
+        assert choose(operation=operation, numel=least - 1, row=row).backend == "reference"
+
+
+@pytest.mark.parametrize("operation", CROSSOVER)
+def test_quick_test_of_size(operation: str) -> None:
+    """It must never send to torch what pays off, whatever the layout."""
+    quick, (longest, _) = dispatch.is_small(operation), SHORT_ROWS.get(operation, (7, 0))
+    for limit in (CROSSOVER[operation], SHORT_ROWS.get(operation, (0, 64))[1]):
+        for width in (1, 2, longest, longest + 1, 1000):
+            for rows in (limit // width - 1, limit // width, limit // width + 1):
+                if rows < 1:
+                    continue
+                row = width if operation in SHORT_ROWS else 0
+                settled = choose(operation=operation, numel=rows * width, row=row).backend
+                assert not quick(torch.empty(rows, width, device="meta")) or settled == "reference"
+                transposed = torch.empty(width, rows, device="meta").t()
+                settled = choose(operation=operation, numel=rows * width).backend
+                assert not quick(transposed) or settled == "reference"
+    assert quick(torch.empty(1, longest + 1))
 
 
 def test_missing_packages_and_features(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from torch.testing._internal.common_utils import noncontiguous_like
 import fastopt
 import fastopt.nn.functional as ours
 from fastopt import dispatch
+from fastopt.nn._loss import _Memory
 
 OPS = {
     op.name.rpartition(".")[2]: op
@@ -39,12 +40,12 @@ def any_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Sizes below which torch is faster count for nothing, in calls that name their arguments."""
     for operation in OPS:
         monkeypatch.setitem(dispatch.CROSSOVER, operation, 0)
-    dispatch.choose.cache_clear()
+    _Memory.forget()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # which would wait for each other longer than these sizes take
     yield
     torch.set_num_threads(threads)
-    dispatch.choose.cache_clear()
+    _Memory.forget()
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,15 @@ def test_report() -> None:
         assert word in child.stdout, word
 
 
+def test_unknown_words() -> None:
+    for words in (["warmup", "float8"], ["warm"]):
+        child = subprocess.run(
+            [sys.executable, "-m", "fastopt", *words], cwd=ROOT, capture_output=True, text=True
+        )
+        assert child.returncode == 2
+        assert words[-1] in child.stderr
+
+
 # -- names ------------------------------------------------------------------------------
 
 

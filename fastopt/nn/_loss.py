@@ -41,6 +41,7 @@ def prepare(
     dtype: torch.dtype,
     tensors: Tensors,
     special: list[str],
+    row: int = 0,
 ) -> Call:
     """Summarise a call.
 
@@ -51,6 +52,7 @@ def prepare(
         dtype: of the result, outside of autocast.
         tensors: its tensors, None for one that wasn't given; the first one is the input.
         special: what the operation itself knows to be beyond the compiled backends.
+        row: of a softmax, its classes if they lie side by side.
     """
     input = tensors[0]
     assert input is not None
@@ -69,7 +71,7 @@ def prepare(
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     request = Request(
         operation, device.type, dtypes, input.numel(), tuple(special), capability,
-        dispatch.insisted(),
+        dispatch.insisted(), row,
     )  # fmt: skip
     return Call(request, hyper.Loss(record, reduction, dtype), tensors)
 
@@ -151,9 +153,18 @@ class _Memory:
     """What has been settled about the calls of one function, by all that the outcome depends on."""
 
     LIMIT = 1024
+    _all: ClassVar[list[_Memory]] = []
 
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], _Settled] = {}
+        self._all.append(self)
+
+    @classmethod
+    def forget(cls) -> None:
+        """Settle everything anew, under other rules."""
+        dispatch.choose.cache_clear()
+        for memory in cls._all:
+            memory._known.clear()
 
     def find(self, key: tuple[Any, ...] | None) -> _Settled | None:
         return None if key is None else self._known.get(key)
@@ -274,27 +285,30 @@ def _torch_grads(
 
 
 def loss_function(
-    analyse: Callable[..., Call | None], fallback: Callable[..., Tensor]
+    analyse: Callable[..., Call | None],
+    torchs: Callable[..., Tensor],
+    fallback: Callable[..., Tensor],
 ) -> Callable[[Callable[P, None]], Callable[P, Tensor]]:
     """Decorator: a public function (its body is only its docstring) from its analysis.
 
     Args:
         analyse: summarises a call from the public function's arguments; None for arguments
             of which torch has to say what is wrong with them.
-        fallback: torch's own function, with the same arguments.
+        torchs: torch's own function, with the same arguments.
+        fallback: the same outside of torch.compile, by the shortest way.
     """
 
     def decorate(documented: Callable[P, None]) -> Callable[P, Tensor]:
         analyse.__qualname__ = documented.__name__  # for Python's errors about arguments
-        small = dispatch.CROSSOVER.get(documented.__name__, 0)
+        is_small = dispatch.is_small(documented.__name__)
         memory = _Memory()
 
         @functools.wraps(documented)
         def function(*args: P.args, **kwargs: P.kwargs) -> Tensor:
             if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-                return fallback(*args, **kwargs)  # one node of the graph, compiled with the rest
-            # `choose` would say the same, but asking takes a few microseconds of a small call's 20.
-            if args and type(args[0]) is Tensor and args[0].numel() < small and (
+                return torchs(*args, **kwargs)  # one node of the graph, compiled with the rest
+            # `choose` would say the same, but asking takes a few microseconds of a small call's 15.
+            if args and type(args[0]) is Tensor and is_small(args[0]) and (
                 args[0].is_cpu and dispatch.insisted() is None
             ):  # fmt: skip
                 return fallback(*args, **kwargs)

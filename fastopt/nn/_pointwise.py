@@ -57,7 +57,6 @@ def direct(function: Callable[..., Tensor], native: Callable[..., Tensor]) -> Ca
             and reduction in REDUCTIONS
             and input.shape == target.shape
             and not torch._C._len_torch_function_stack()
-            and not torch.compiler.is_compiling()
         ):
             return native(input, target, REDUCTIONS[reduction])
         return function(
@@ -65,6 +64,7 @@ def direct(function: Callable[..., Tensor], native: Callable[..., Tensor]) -> Ca
             **({} if weight is None else {"weight": weight}),
         )  # fmt: skip
 
+    call.__qualname__ = function.__name__  # for Python's errors about arguments
     return call
 
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _nn
 from torch.nn import functional as F
 
 from ..kernels import hyper
 from ..kernels.layout import class_axis
 from ..kernels.reference import out_of_bounds
-from ._loss import Call, LossModule, autocasts, loss_function, prepare
+from ._loss import REDUCTIONS, Call, LossModule, autocasts, loss_function, prepare
 
 __all__ = ["CrossEntropyLoss", "cross_entropy"]
 
@@ -60,8 +61,9 @@ def _analyse(
         if weight.requires_grad:
             special.append("a gradient to the weight")
     record = hyper.CrossEntropy(ignore_index, label_smoothing)
+    row = axis.classes if axis is not None and axis.class_stride == 1 else 0
     return prepare(
-        "cross_entropy", record, reduction, input.dtype, (input, target, weight), special
+        "cross_entropy", record, reduction, input.dtype, (input, target, weight), special, row
     )
 
 
@@ -81,25 +83,44 @@ def _probability_specials(input: Tensor, target: Tensor, ignore_index: int) -> l
     return special
 
 
-def _torch_cross_entropy(*args: Any, **kwargs: Any) -> Tensor:
-    if torch.compiler.is_compiling():
-        return F.cross_entropy(*args, **kwargs)
+def _torch_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
     try:
-        return F.cross_entropy(*args, **kwargs)
+        if (  # torch's Python has nothing to do for these
+            type(input) is Tensor
+            and type(target) is Tensor
+            and (weight is None or type(weight) is Tensor)
+            and size_average is None
+            and reduce is None
+            and type(reduction) is str
+            and reduction in REDUCTIONS
+            and not torch._C._len_torch_function_stack()
+        ):
+            return _nn.cross_entropy_loss(
+                input, target, weight, REDUCTIONS[reduction], ignore_index, label_smoothing  # type: ignore[arg-type]
+            )
+        return F.cross_entropy(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
     except IndexError as error:
         if "out of bounds" not in str(error):
             raise
-        call = _analyse(*args, **kwargs)
-        assert call is not None
-        input, target = call.tensors[:2]
-        assert input is not None
-        assert target is not None
-        assert isinstance(call.options.hyper, hyper.CrossEntropy)
         classes = input.shape[min(1, input.dim() - 1)]
-        raise out_of_bounds(target, classes, call.options.hyper.ignore_index) from None
+        raise out_of_bounds(target, classes, ignore_index) from None
 
 
-@loss_function(_analyse, _torch_cross_entropy)
+_torch_cross_entropy.__qualname__ = "cross_entropy"  # for Python's errors about arguments
+
+
+@loss_function(_analyse, F.cross_entropy, _torch_cross_entropy)
 def cross_entropy(
     input: Tensor,
     target: Tensor,

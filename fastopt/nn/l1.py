@@ -16,7 +16,11 @@ from ._loss import LossModule, loss_function
 __all__ = ["L1Loss", "l1_loss"]
 
 
-@loss_function(_pointwise.analyser("l1_loss", hyper.L1()), _pointwise.direct(F.l1_loss, _nn.l1_loss))
+@loss_function(
+    _pointwise.analyser("l1_loss", hyper.L1()),
+    F.l1_loss,
+    _pointwise.direct(F.l1_loss, _nn.l1_loss),
+)
 def l1_loss(
     input: Tensor,
     target: Tensor,

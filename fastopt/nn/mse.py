@@ -16,7 +16,11 @@ from ._loss import LossModule, loss_function
 __all__ = ["MSELoss", "mse_loss"]
 
 
-@loss_function(_pointwise.analyser("mse_loss", hyper.MSE()), _pointwise.direct(F.mse_loss, _nn.mse_loss))
+@loss_function(
+    _pointwise.analyser("mse_loss", hyper.MSE()),
+    F.mse_loss,
+    _pointwise.direct(F.mse_loss, _nn.mse_loss),
+)
 def mse_loss(
     input: Tensor,
     target: Tensor,

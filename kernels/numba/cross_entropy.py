@@ -25,7 +25,7 @@ from ..reference import out_of_bounds
 from . import memory
 from .compiler import Region, dtype_name, optional_pointer, pointer, specialise
 from .softmax import check_targets
-from .softmax_rows import BLOCK, softmax_rows
+from .softmax_rows import BLOCK, GROUP, softmax_rows
 from .softmax_tiles import softmax_tiles
 from .threads import Launcher, parts_for
 
@@ -114,9 +114,9 @@ def _launcher(loop: Region, *dtypes: torch.dtype | None) -> Launcher:
     scratch += [pointer("float64", k, "float64") for k in range(14, 19)]
     double, number = types.float64, getattr(types, compute)
     if loop is softmax_rows:
-        shifts, exps = scratch[0], types.none if _in_place(dtypes[0], dtypes[6]) else scratch[1]
+        exps = types.none if _in_place(dtypes[0], dtypes[6]) else scratch[1]
         last = (double, double, number, *[types.intp] * 8)
-        return Launcher(loop, *slots, double, shifts, exps, *last)
+        return Launcher(loop, *slots, double, scratch[0], exps, *scratch[5:8], *last)
     del slots[2]
     last = (double, double, double, number, *[types.intp] * 12)
     return Launcher(loop, *slots, double, *scratch, *last)
@@ -158,14 +158,17 @@ def _run(
         t = x if call.probability is None else _axis(call.probability)
         blocks = -(-x.classes // BLOCK)
         in_place = _in_place(dtypes[0], dtypes[6])
-        start, held = memory.scratch(ends + parts * (blocks + (not in_place) * x.classes) * size)
+        line = 8 * parts * GROUP
+        kept = parts * (blocks + (not in_place) * x.classes) * size
+        start, held = memory.scratch(ends + 3 * line + kept)
         addresses[5] = addresses[5] if loss is None else start
-        shifts = start + ends
+        group = start + ends
+        shifts = group + 3 * line
         exps = None if in_place else shifts + parts * blocks * size
         _launcher(softmax_rows, *dtypes)(
-            parts, *addresses, divisor, shifts, exps, call.hard, scale, 0.0, call.ignore_index,
-            x.classes, x.inner, rows, x.outer_stride, x.inner_stride, t.outer_stride,
-            t.inner_stride,
+            parts, *addresses, divisor, shifts, exps, group, group + line, group + 2 * line,
+            call.hard, scale, 0.0, call.ignore_index, x.classes, x.inner, rows, x.outer_stride,
+            x.inner_stride, t.outer_stride, t.inner_stride,
         )  # fmt: skip
         del held
         return

@@ -21,6 +21,8 @@ from .softmax import chosen_gradient, chosen_loss
 from .vector_math import cast, exp, from_ordered, log, ordered
 
 BLOCK = 2048
+# Rows whose losses are finished together.
+GROUP = 64
 
 
 @kernel
@@ -147,76 +149,93 @@ def row_gradient(
 
 
 @kernel
-def skip_row(r: int, losses: Any, grad: Any, classes: int, zero: Any) -> None:
-    """An ignored position: loss and gradient are exactly 0."""
-    if losses is not None:
-        store(losses, r, 0.0)
-    if grad is not None:
-        for c in range(classes):
-            store(grad, r * classes + c, zero)
+def skip_row(grad: Any, out: int, classes: int, zero: Any) -> None:
+    """An ignored position's gradient is exactly 0."""
+    for c in range(classes):
+        store(grad, out + c, zero)
+
+
+@kernel
+def losses_of(
+    losses: Any, r: int, count: int, plain: Any, masses: Any, totals: Any, t: int
+) -> None:
+    """losses = plain + masses * log(totals), of which many are faster at once than one by one."""
+    for j in range(count):
+        value, mass = load(plain, t + j), load(masses, t + j)
+        if mass != 0:  # of an ignored position it is, and its loss exactly 0
+            value += mass * log(load(totals, t + j))
+        store(losses, r + j, value)
 
 
 @region
 def softmax_rows(
     parts: int, x: Any, target: Any, probability: Any, weight: Any, smooth: Any, losses: Any,
-    grad: Any, upstream: Any, loss: Any, divisor: float, shifts: Any, exps: Any, hard: float,
-    scale: float, zero: Any, ignore_index: int, classes: int, inner: int, rows: int,
-    x_outer: int, x_inner: int, t_outer: int, t_inner: int,
+    grad: Any, upstream: Any, loss: Any, divisor: float, shifts: Any, exps: Any, plain: Any,
+    masses: Any, totals: Any, hard: float, scale: float, zero: Any, ignore_index: int,
+    classes: int, inner: int, rows: int, x_outer: int, x_inner: int, t_outer: int, t_inner: int,
 ) -> None:  # fmt: skip
     """Arguments: see cross_entropy._run.
 
-    exps and shifts are scratch memory, a row and its blocks' shifts a part; exps is None if the
-    gradient's own memory can hold them.
+    Scratch memory: shifts, the number of its blocks a part; exps, a row a part, or None if the
+    gradient's own memory can hold them; plain, masses and totals, GROUP a part.
     """
     blocks = (classes + BLOCK - 1) // BLOCK
     for part in prange(parts):
         first = part * blocks
-        for r in range(part * rows // parts, (part + 1) * rows // parts):
+        end, group = (part + 1) * rows // parts, part * GROUP
+        start = part * rows // parts
+        for r in range(start, end):
             row = r // inner * x_outer + r % inner * x_inner
             base = r // inner * t_outer + r % inner * t_inner
-            label = 0
+            label, counts = 0, True
             if target is not None:
                 label = load(target, r)
-                if label == ignore_index:
-                    skip_row(r, losses, grad, classes, zero)
-                    continue
-            if exps is None:
-                at = r * classes
-                top, total = softmax_statistics(x, row, classes, zero, grad, at, shifts, first)
-            else:
-                at = part * classes
-                top, total = softmax_statistics(x, row, classes, zero, exps, at, shifts, first)
-            mass, dot = row_coefficients(x, row, probability, weight, smooth, base, classes, top)
-            share = 0.0
-            if target is not None:
-                share = hard
-                if weight is not None:
-                    share *= np.float64(load(weight, label))
-            if losses is not None:
-                value, log_total = 0.0, log(total)
-                if target is not None:
-                    value = chosen_loss(load(x, row + label), top, log_total, share)
-                if smooth is not None or probability is not None:
-                    value += mass * log_total - dot
-                store(losses, r, value)
-            if grad is not None:
-                factor = scale
-                if upstream is not None:
-                    factor *= np.float64(load(upstream, r))
-                p = 0.0
-                if target is not None:
-                    e = load(grad, at + label) if exps is None else load(exps, at + label)
-                    p = np.float64(e) * since(load(shifts, first + label // BLOCK), top) / total
-                row_gradient(
-                    exps, at, shifts, first, probability, weight, smooth, base, grad,
-                    r * classes, classes, top, factor * (mass + share) / total,
-                    cast(factor, zero),
+                counts = label != ignore_index
+            value, mass, total = 0.0, 0.0, 1.0
+            if counts:
+                if exps is None:
+                    at = r * classes
+                    top, total = softmax_statistics(x, row, classes, zero, grad, at, shifts, first)
+                else:
+                    at = part * classes
+                    top, total = softmax_statistics(x, row, classes, zero, exps, at, shifts, first)
+                mass, dot = row_coefficients(
+                    x, row, probability, weight, smooth, base, classes, top
                 )  # fmt: skip
+                share, label_smooth = 0.0, 0.0
                 if target is not None:
-                    label_smooth = 0.0
+                    share = hard
+                    if weight is not None:
+                        share *= np.float64(load(weight, label))
                     if smooth is not None:
                         label_smooth = np.float64(load(smooth, label))
-                    g = chosen_gradient(p, share, mass, label_smooth)
-                    store(grad, r * classes + label, cast(factor * g, zero))
+                    value = chosen_loss(load(x, row + label), top, 0.0, share)
+                value -= dot
+                if grad is not None:
+                    factor, out = scale, r * classes
+                    if upstream is not None:
+                        factor *= np.float64(load(upstream, r))
+                    p = 0.0
+                    if target is not None:
+                        e = load(grad, at + label) if exps is None else load(exps, at + label)
+                        shift = load(shifts, first + label // BLOCK)
+                        p = np.float64(e) * since(shift, top) / total
+                    row_gradient(
+                        exps, at, shifts, first, probability, weight, smooth, base, grad, out,
+                        classes, top, factor * (mass + share) / total, cast(factor, zero),
+                    )  # fmt: skip
+                    if target is not None:
+                        g = chosen_gradient(p, share, mass, label_smooth)
+                        store(grad, out + label, cast(factor * g, zero))
+                mass += share
+            elif grad is not None:
+                skip_row(grad, r * classes, classes, zero)
+            if losses is not None:
+                j = (r - start) % GROUP
+                store(plain, group + j, value)
+                store(masses, group + j, mass)
+                store(totals, group + j, total)
+                if j == GROUP - 1 or r == end - 1:
+                    losses_of(losses, r - j, j + 1, plain, masses, totals, group)
     if loss is not None:
         store(loss, 0, sum_all(losses, rows) / divisor)
