@@ -35,12 +35,13 @@ def table(found: Results) -> str:
 def _kernels(results: list[Results]) -> list[str]:
     if not results:
         return []
-    lines = [f"{_header('case')} {'GB/s':>6s} {'x copy':>7s} {'peak MB':>8s}"]
+    lines = [f"{_header('case')} {'GB/s':>6s} {'x copy':>7s} {'us/tensor':>9s} {'peak MB':>8s}"]
     for r in results:
         peak = r["peak_bytes"]["fastopt"]
         copy = "-" if r["times_copy"] is None else f"{r['times_copy']:.2f}"
+        each = f"{r['microseconds_per_tensor']:.2f}" if "microseconds_per_tensor" in r else "-"
         lines.append(
-            f"{_times(r)} {r['gigabytes_per_second']:6.1f} {copy:>7s} "
+            f"{_times(r)} {r['gigabytes_per_second']:6.1f} {copy:>7s} {each:>9s} "
             f"{'?' if peak is None else f'{peak / 1e6:.0f}':>8s}"
         )
     return lines

@@ -37,8 +37,9 @@ def jobs(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
             for size in _SIZES:
                 x = torch.zeros(size // classes, classes, dtype=dtype)
                 labels = torch.zeros(len(x), dtype=torch.int64)
-                yield "CrossEntropyLoss", _loss(
-                    nn.CrossEntropyLoss(label_smoothing=smoothing), x, labels
+                yield (
+                    "CrossEntropyLoss",
+                    _loss(nn.CrossEntropyLoss(label_smoothing=smoothing), x, labels),
                 )
     for name, settings in _OPTIMIZERS.items():
         for options in settings:

@@ -105,7 +105,12 @@ def _torch_cross_entropy(
             and not torch._C._len_torch_function_stack()
         ):
             return _nn.cross_entropy_loss(
-                input, target, weight, REDUCTIONS[reduction], ignore_index, label_smoothing  # type: ignore[arg-type]
+                input,
+                target,
+                weight,
+                REDUCTIONS[reduction],
+                ignore_index,
+                label_smoothing,  # type: ignore[arg-type]
             )
         return F.cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing

@@ -28,6 +28,7 @@ import llvmlite
 import numba
 import torch
 from numba.core import caching, config, types
+from numba.core.runtime import rtsys
 from numba.extending import overload
 
 from .pointer import Pointer
@@ -209,5 +210,20 @@ class _CacheImpl(caching.CompileResultCacheImpl):
     _locator_classes = (_Locator,)
 
 
+_LOADS_ALONE = ("0.68.",)
+
+
 class _Cache(caching.FunctionCache):
     _impl_class = _CacheImpl
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Numba's, but for making the compiler ready first, which takes 0.2 s.
+
+        Machine code that only has to be loaded needs nothing of that but numba's runtime. That
+        is no promise of numba's, so other versions than the ones tried get the whole of it.
+        """
+        if not numba.__version__.startswith(_LOADS_ALONE):
+            return super().load_overload(sig, target_context)
+        rtsys.initialize(target_context)
+        with self._guard_against_spurious_io_errors():
+            return self._load_overload(sig, target_context)
