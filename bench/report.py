@@ -20,14 +20,18 @@ def noise(result: Results) -> float:
     return max(NOISE, 3 * (spread["fastopt"] + spread["torch"]))
 
 
+def slower(found: Results) -> list[str]:
+    """The cases and steps that torch's default does faster, beyond the noise."""
+    everything = [*found["results"], *found["steps"]]
+    return [r["case"] for r in everything if r["vs_torch"] < 1 - noise(r)]
+
+
 def table(found: Results) -> str:
     """A line a case, another a training step, and whether any of them is slower than torch."""
-    everything = [*found["results"], *found["steps"]]
-    slower = [r["case"] for r in everything if r["vs_torch"] < 1 - noise(r)]
     blocks = [
         *_kernels(found["results"]),
         *_steps(found["steps"]),
-        f"slower than torch beyond noise: {', '.join(slower) or 'none'}",
+        f"slower than torch beyond noise: {', '.join(slower(found)) or 'none'}",
     ]
     return "\n".join(blocks)
 
@@ -79,18 +83,18 @@ def compare(old: Results, new: Results) -> tuple[str, bool]:
     """What has changed beyond the noise, as text; whether anything has become slower."""
     # Files of earlier versions have no steps.
     before = {r["case"]: r for r in (*old["results"], *old.get("steps", ()))}
-    lines, slower = [f"against {old['machine']['commit']}:"], False
+    lines, worse = [f"against {old['machine']['commit']}:"], False
     for r in (*new["results"], *new["steps"]):
         if r["case"] not in before:
             continue
         was = before[r["case"]]
         change = r["vs_torch"] / was["vs_torch"] - 1
         if abs(change) > max(noise(r), noise(was)):
-            slower |= change < 0
+            worse |= change < 0
             lines.append(
                 f"  {r['case']:38s} {was['vs_torch']:.2f}x -> {r['vs_torch']:.2f}x ({change:+.0%})"
             )
-    return "\n".join(lines if len(lines) > 1 else [*lines, "  no change beyond the noise"]), slower
+    return "\n".join(lines if len(lines) > 1 else [*lines, "  no change beyond the noise"]), worse
 
 
 def write(found: Results, path: Path) -> None:

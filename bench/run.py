@@ -134,7 +134,7 @@ def machine() -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measure, print a table; 1 if --compare shows something that has become slower."""
+    """Measure, print a table; 1 if something is slower than torch, or than in --compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="all cases, torch.compile as well")
     parser.add_argument("--only", default="", help="cases whose name holds this text")
@@ -152,25 +152,30 @@ def main() -> int:
     if not rows and not steps:
         parser.error(f"no case has {arguments.only!r} in its name")
     seconds = arguments.seconds or (4.0 if arguments.full else 1.5)
-    results = []
+    found: dict[str, Any] = {"machine": machine(), "results": [], "steps": []}
+
+    def add(kind: str, result: dict[str, Any]) -> None:
+        found[kind].append(result)
+        if arguments.json:  # a full run takes long, and what it has found so far is worth keeping
+            report.write(found, arguments.json)
+
     for row in tqdm(rows, unit="case", leave=False):
-        results.append(measure(row, seconds, arguments.full))
+        add("results", measure(row, seconds, arguments.full))
         gc.collect()
         torch.compiler.reset()
-    trained = [measure_step(step, seconds) for step in tqdm(steps, unit="step", leave=False)]
-    found = {"machine": machine(), "results": results, "steps": trained}
+    for step in tqdm(steps, unit="step", leave=False):
+        add("steps", measure_step(step, seconds))
     print(report.table(found))
-    if arguments.json:
-        report.write(found, arguments.json)
     if arguments.plots:
         import plots
 
         plots.draw(found, arguments.plots)
+    failed = bool(report.slower(found))
     if arguments.compare:
         changes, slower = report.compare(report.read(arguments.compare), found)
         print(changes)
-        return int(slower)
-    return 0
+        failed |= slower
+    return int(failed)
 
 
 if __name__ == "__main__":
