@@ -194,17 +194,18 @@ def crossover(request: Request) -> int:
     return min(least, count) if 0 < request.row <= longest else least
 
 
-def is_small(operation: str) -> Callable[[torch.Tensor], bool]:
-    """A quick test of an operation's input: sure to be below the crossover if it says so."""
+def is_small(operation: str) -> tuple[Callable[[torch.Tensor], bool], int]:
+    """A quick test of an operation's input: sure to be below the crossover if it says so.
+
+    Also the number of elements below which the test need not be asked.
+    """
     least = CROSSOVER.get(operation, 0)
     longest, count = SHORT_ROWS.get(operation, (0, least))
-    surely = min(least, count)
 
     def test(input: torch.Tensor) -> bool:
-        numel = input.numel()
-        return numel < surely or (numel < least and input.shape[-1] > longest)
+        return input.numel() < least and input.shape[-1] > longest
 
-    return test
+    return test, min(least, count)
 
 
 @functools.cache

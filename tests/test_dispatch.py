@@ -136,7 +136,11 @@ def test_crossover_of_short_rows(operation: str) -> None:
 @pytest.mark.parametrize("operation", CROSSOVER)
 def test_quick_test_of_size(operation: str) -> None:
     """It must never send to torch what pays off, whatever the layout."""
-    quick, (longest, _) = dispatch.is_small(operation), SHORT_ROWS.get(operation, (7, 0))
+    (test, surely), (longest, _) = dispatch.is_small(operation), SHORT_ROWS.get(operation, (7, 0))
+
+    def quick(input: torch.Tensor) -> bool:
+        return input.numel() < surely or test(input)
+
     for limit in (CROSSOVER[operation], SHORT_ROWS.get(operation, (0, 64))[1]):
         for width in (1, 2, longest, longest + 1, 1000):
             for rows in (limit // width - 1, limit // width, limit // width + 1):

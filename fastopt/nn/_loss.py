@@ -16,6 +16,10 @@ from ..dispatch import Decision, Request
 from ..errors import BackendUnavailable
 from ..kernels import hyper, reference
 
+# Names of their own, for what the smallest calls have to ask.
+is_compiling, tracing_state = torch.compiler.is_compiling, torch._C._get_tracing_state
+insisted = dispatch.insisted
+
 P = ParamSpec("P")
 Tensors = tuple[Tensor | None, ...]
 
@@ -300,16 +304,18 @@ def loss_function(
 
     def decorate(documented: Callable[P, None]) -> Callable[P, Tensor]:
         analyse.__qualname__ = documented.__name__  # for Python's errors about arguments
-        is_small = dispatch.is_small(documented.__name__)
+        is_small, surely = dispatch.is_small(documented.__name__)
         memory = _Memory()
 
         @functools.wraps(documented)
         def function(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-            if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            if is_compiling() or tracing_state() is not None:
                 return torchs(*args, **kwargs)  # one node of the graph, compiled with the rest
             # `choose` would say the same, but asking takes a few microseconds of a small call's 15.
-            if args and type(args[0]) is Tensor and is_small(args[0]) and (
-                args[0].is_cpu and dispatch.insisted() is None
+            if args and type(args[0]) is Tensor and (
+                (args[0].numel() < surely or is_small(args[0]))
+                and args[0].is_cpu
+                and insisted() is None
             ):  # fmt: skip
                 return fallback(*args, **kwargs)
             values = (*args, *kwargs.values())

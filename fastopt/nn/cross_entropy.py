@@ -104,13 +104,9 @@ def _torch_cross_entropy(
             and reduction in REDUCTIONS
             and not torch._C._len_torch_function_stack()
         ):
+            number: Any = REDUCTIONS[reduction]
             return _nn.cross_entropy_loss(
-                input,
-                target,
-                weight,
-                REDUCTIONS[reduction],
-                ignore_index,
-                label_smoothing,  # type: ignore[arg-type]
+                input, target, weight, number, ignore_index, label_smoothing
             )
         return F.cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing

@@ -1,4 +1,4 @@
-"""Cross-entropy: from tensors to one of the two traversals.
+"""Cross-entropy: from tensors to one of the three traversals.
 
 With coefficients k_c (the weighted and smoothed target distribution of a position),
 mass = sum of k_c and p = softmax(x):
@@ -25,12 +25,15 @@ from ..reference import out_of_bounds
 from . import memory
 from .compiler import Region, dtype_name, optional_pointer, pointer, specialise
 from .softmax import check_targets
+from .softmax_long import SEGMENT, softmax_long
 from .softmax_rows import BLOCK, GROUP, softmax_rows
 from .softmax_tiles import softmax_tiles
 from .threads import Launcher, parts_for
 
 # From this many classes a row fills vectors by itself, if its classes lie side by side.
 LONG_ROW = 80
+# Fewer rows than this share their threads, if they are long.
+FEW_ROWS = 16
 # Positions in a tile: SIDE_BY_SIDE ones are copied as they are, APART ones turned, which wants
 # all their cache lines at hand; FEW where a tile would not fit a core's L2 cache.
 SIDE_BY_SIDE, APART, FEW = 256, 64, 16
@@ -113,10 +116,11 @@ def _launcher(loop: Region, *dtypes: torch.dtype | None) -> Launcher:
     scratch = [pointer(compute, k, compute) for k in range(9, 14)]
     scratch += [pointer("float64", k, "float64") for k in range(14, 19)]
     double, number = types.float64, getattr(types, compute)
-    if loop is softmax_rows:
+    if loop is not softmax_tiles:
         exps = types.none if _in_place(dtypes[0], dtypes[6]) else scratch[1]
+        lines = scratch[5:8] if loop is softmax_rows else scratch[5:9]
         last = (double, double, number, *[types.intp] * 8)
-        return Launcher(loop, *slots, double, scratch[0], exps, *scratch[5:8], *last)
+        return Launcher(loop, *slots, double, scratch[0], exps, *lines, *last)
     del slots[2]
     last = (double, double, double, number, *[types.intp] * 12)
     return Launcher(loop, *slots, double, *scratch, *last)
@@ -156,19 +160,22 @@ def _run(
     size = 8 if call.input.dtype == torch.float64 else 4
     if x.class_stride == 1 and (x.classes >= LONG_ROW or call.target is None):
         t = x if call.probability is None else _axis(call.probability)
+        loop, lines, each, copies = softmax_rows, 3, parts * GROUP, parts
+        if rows < FEW_ROWS and x.classes > 2 * SEGMENT:
+            parts = rows * -(-x.classes // SEGMENT)
+            loop, lines, each, copies = softmax_long, 4, parts, rows
         blocks = -(-x.classes // BLOCK)
         in_place = _in_place(dtypes[0], dtypes[6])
-        line = 8 * parts * GROUP
-        kept = parts * (blocks + (not in_place) * x.classes) * size
-        start, held = memory.scratch(ends + 3 * line + kept)
+        kept = copies * (blocks + (not in_place) * x.classes) * size
+        start, held = memory.scratch(ends + 8 * lines * each + kept)
         addresses[5] = addresses[5] if loss is None else start
-        group = start + ends
-        shifts = group + 3 * line
-        exps = None if in_place else shifts + parts * blocks * size
-        _launcher(softmax_rows, *dtypes)(
-            parts, *addresses, divisor, shifts, exps, group, group + line, group + 2 * line,
-            call.hard, scale, 0.0, call.ignore_index, x.classes, x.inner, rows, x.outer_stride,
-            x.inner_stride, t.outer_stride, t.inner_stride,
+        sums = range(start + ends, start + ends + 8 * lines * each, 8 * each)
+        shifts = start + ends + 8 * lines * each
+        exps = None if in_place else shifts + copies * blocks * size
+        _launcher(loop, *dtypes)(
+            parts, *addresses, divisor, shifts, exps, *sums, call.hard, scale, 0.0,
+            call.ignore_index, x.classes, x.inner, rows, x.outer_stride, x.inner_stride,
+            t.outer_stride, t.inner_stride,
         )  # fmt: skip
         del held
         return

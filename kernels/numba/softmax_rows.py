@@ -48,27 +48,27 @@ def block_sum_exp(x: Any, begin: int, end: int, shift: Any, exps: Any, out: int)
 
 @kernel
 def softmax_statistics(
-    x: Any, row: int, classes: int, zero: Any, exps: Any, out: int, shifts: Any, first: int
+    x: Any, row: int, begin: int, end: int, zero: Any, exps: Any, out: int, shifts: Any, first: int
 ) -> tuple[Any, float]:
-    """(max, sum of exp(x - max)) of a row; right with leading blocks of -inf.
+    """(max, sum of exp(x - max)) of classes begin to end of a row; begin is that of a block.
 
-    exps gets the exponentials, each block's of x - max so far, and shifts those maxima.
+    Right with leading blocks of -inf. exps gets the exponentials, each block's of x - max so far,
+    and shifts those maxima.
     """
     lowest = cast(-np.inf, zero)
     top, total = lowest, 0.0
-    for block in range((classes + BLOCK - 1) // BLOCK):
-        begin = block * BLOCK
-        end = min(begin + BLOCK, classes)
-        here = block_max(x, row + begin, row + end)
+    for c in range(begin, end, BLOCK):
+        stop = min(c + BLOCK, end)
+        here = block_max(x, row + c, row + stop)
         if here > top:
             if top > lowest:
                 total *= math.exp(np.float64(top) - np.float64(here))
             top = here
         # while all is -inf, anything finite will do: (-inf) - (-inf) is NaN
         shift = top if top > lowest else zero
-        total += block_sum_exp(x, row + begin, row + end, shift, exps, out + begin)
+        total += block_sum_exp(x, row + c, row + stop, shift, exps, out + c)
         if exps is not None:
-            store(shifts, first + block, top)
+            store(shifts, first + c // BLOCK, top)
     return top, total
 
 
@@ -103,14 +103,15 @@ def block_coefficients(
 
 @kernel
 def row_coefficients(
-    x: Any, row: int, probability: Any, weight: Any, smooth: Any, base: int, classes: int, top: Any
-) -> tuple[float, float]:
-    """Sums of k_c and of k_c (x_c - max) over a row; zeros for a plain class index."""
+    x: Any, row: int, probability: Any, weight: Any, smooth: Any, base: int, begin: int, end: int,
+    top: Any,
+) -> tuple[float, float]:  # fmt: skip
+    """Sums of k_c and of k_c (x_c - max) over classes; zeros for a plain class index."""
     mass, dot = 0.0, 0.0
     if smooth is not None or probability is not None:
-        for begin in range(0, classes, BLOCK):
-            end = min(begin + BLOCK, classes)
-            k, kx = block_coefficients(x, row, probability, weight, smooth, base, begin, end, top)
+        for c in range(begin, end, BLOCK):
+            stop = min(c + BLOCK, end)
+            k, kx = block_coefficients(x, row, probability, weight, smooth, base, c, stop, top)
             mass += k
             dot += kx
     return mass, dot
@@ -138,13 +139,14 @@ def since(shift: Any, top: Any) -> float:
 @kernel
 def row_gradient(
     exps: Any, at: int, shifts: Any, first: int, probability: Any, weight: Any, smooth: Any,
-    base: int, grad: Any, out: int, classes: int, top: Any, softmax_scale: float, scale: Any,
+    base: int, grad: Any, out: int, begin: int, end: int, top: Any, softmax_scale: float,
+    scale: Any,
 ) -> None:  # fmt: skip
-    for block in range((classes + BLOCK - 1) // BLOCK):
-        block_scale = softmax_scale * since(load(shifts, first + block), top)
+    for c in range(begin, end, BLOCK):
+        block_scale = softmax_scale * since(load(shifts, first + c // BLOCK), top)
         block_gradient(
-            exps, at, probability, weight, smooth, base, grad, out, block * BLOCK,
-            min(block * BLOCK + BLOCK, classes), cast(block_scale, scale), scale,
+            exps, at, probability, weight, smooth, base, grad, out, c, min(c + BLOCK, end),
+            cast(block_scale, scale), scale,
         )  # fmt: skip
 
 
@@ -195,12 +197,16 @@ def softmax_rows(
             if counts:
                 if exps is None:
                     at = r * classes
-                    top, total = softmax_statistics(x, row, classes, zero, grad, at, shifts, first)
+                    top, total = softmax_statistics(
+                        x, row, 0, classes, zero, grad, at, shifts, first
+                    )  # fmt: skip
                 else:
                     at = part * classes
-                    top, total = softmax_statistics(x, row, classes, zero, exps, at, shifts, first)
+                    top, total = softmax_statistics(
+                        x, row, 0, classes, zero, exps, at, shifts, first
+                    )  # fmt: skip
                 mass, dot = row_coefficients(
-                    x, row, probability, weight, smooth, base, classes, top
+                    x, row, probability, weight, smooth, base, 0, classes, top
                 )  # fmt: skip
                 share, label_smooth = 0.0, 0.0
                 if target is not None:
@@ -222,7 +228,7 @@ def softmax_rows(
                         p = np.float64(e) * since(shift, top) / total
                     row_gradient(
                         exps, at, shifts, first, probability, weight, smooth, base, grad, out,
-                        classes, top, factor * (mass + share) / total, cast(factor, zero),
+                        0, classes, top, factor * (mass + share) / total, cast(factor, zero),
                     )  # fmt: skip
                     if target is not None:
                         g = chosen_gradient(p, share, mass, label_smooth)

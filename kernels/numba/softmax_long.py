@@ -1,0 +1,140 @@
+"""Cross-entropy over few long rows whose classes lie side by side: threads share a row.
+
+Every row is cut into segments, whatever the number of threads, so that the result is the same
+to the bit for any. Each segment's statistics, then those of the rows, then each segment's part
+of the gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from .compiler import inlined, kernel, region
+from .pointer import load, store
+from .reduction import sum_all
+from .softmax import chosen_gradient, chosen_loss
+from .softmax_rows import (
+    BLOCK,
+    row_coefficients,
+    row_gradient,
+    since,
+    skip_row,
+    softmax_statistics,
+)
+from .vector_math import cast, log
+
+SEGMENT = 16 * BLOCK
+
+
+@inlined
+def reference(top: Any) -> Any:
+    """What a segment's x_c - max are counted from: not -inf, where all of them are."""
+    return top if top > -np.inf else cast(0, top)
+
+
+@kernel
+def combine(
+    first: int, segments: int, tops: Any, totals: Any, masses: Any, dots: Any
+) -> tuple[float, float, float, float]:
+    """A row's (max, sum of exponentials, sum of k_c, sum of k_c (x_c - max))."""
+    top = load(tops, first)
+    for s in range(first + 1, first + segments):
+        here = load(tops, s)
+        if here > top or np.isnan(here):
+            top = here
+    total, mass, dot = 0.0, 0.0, 0.0
+    for s in range(first, first + segments):
+        here, k = load(tops, s), load(masses, s)
+        total += load(totals, s) * since(here, top)
+        mass += k
+        dot += load(dots, s) + k * (reference(here) - top)
+    return top, total, mass, dot
+
+
+@region
+def softmax_long(
+    parts: int, x: Any, target: Any, probability: Any, weight: Any, smooth: Any, losses: Any,
+    grad: Any, upstream: Any, loss: Any, divisor: float, shifts: Any, exps: Any, tops: Any,
+    totals: Any, masses: Any, dots: Any, hard: float, scale: float, zero: Any, ignore_index: int,
+    classes: int, inner: int, rows: int, x_outer: int, x_inner: int, t_outer: int, t_inner: int,
+) -> None:  # fmt: skip
+    """Arguments: see cross_entropy._run. parts is the number of all segments.
+
+    Scratch memory: shifts, for every block; exps, for every class, or None if the gradient's own
+    memory can hold them; tops, totals, masses and dots, for every segment.
+    """
+    blocks, segments = (classes + BLOCK - 1) // BLOCK, parts // rows
+    for part in prange(parts):
+        r, begin = part // segments, part % segments * SEGMENT
+        end = min(begin + SEGMENT, classes)
+        row = r // inner * x_outer + r % inner * x_inner
+        base = r // inner * t_outer + r % inner * t_inner
+        at, first = r * classes, r * blocks
+        if exps is None:
+            top, total = softmax_statistics(x, row, begin, end, zero, grad, at, shifts, first)
+        else:
+            top, total = softmax_statistics(x, row, begin, end, zero, exps, at, shifts, first)
+        mass, dot = row_coefficients(
+            x, row, probability, weight, smooth, base, begin, end, reference(top)
+        )  # fmt: skip
+        store(tops, part, np.float64(top))
+        store(totals, part, total)
+        store(masses, part, mass)
+        store(dots, part, dot)
+    for r in range(rows):
+        s = r * segments
+        top, total, mass, dot = combine(s, segments, tops, totals, masses, dots)
+        row, at = r // inner * x_outer + r % inner * x_inner, r * classes
+        label, counts = 0, True
+        if target is not None:
+            label = load(target, r)
+            counts = label != ignore_index
+        value, share, label_smooth, factor, g = 0.0, 0.0, 0.0, 0.0, 0.0
+        if counts:
+            log_total = log(total)
+            value = mass * log_total - dot
+            if target is not None:
+                share = hard
+                if weight is not None:
+                    share *= np.float64(load(weight, label))
+                if smooth is not None:
+                    label_smooth = np.float64(load(smooth, label))
+                value += chosen_loss(load(x, row + label), top, log_total, share)
+            factor = scale
+            if upstream is not None:
+                factor *= np.float64(load(upstream, r))
+            if target is not None and grad is not None:
+                e = load(grad, at + label) if exps is None else load(exps, at + label)
+                p = np.float64(e) * since(load(shifts, r * blocks + label // BLOCK), top) / total
+                g = factor * chosen_gradient(p, share, mass, label_smooth)
+        if losses is not None:
+            store(losses, r, value)
+        # These have served; now the row's first segment has what its gradient needs.
+        store(tops, s, top)
+        store(totals, s, factor * (mass + share) / total)
+        store(masses, s, factor)
+        store(dots, s, g)
+    if grad is not None:
+        for part in prange(parts):
+            r, begin = part // segments, part % segments * SEGMENT
+            end = min(begin + SEGMENT, classes)
+            base, at = r // inner * t_outer + r % inner * t_inner, r * classes
+            s = r * segments
+            label, counts = -1, True
+            if target is not None:
+                label = load(target, r)
+                counts = label != ignore_index
+            if counts:
+                row_gradient(
+                    exps, at, shifts, r * blocks, probability, weight, smooth, base, grad, at,
+                    begin, end, load(tops, s), load(totals, s), cast(load(masses, s), zero),
+                )  # fmt: skip
+                if begin <= label < end:
+                    store(grad, at + label, cast(load(dots, s), zero))
+            else:
+                skip_row(grad, at + begin, end - begin, zero)
+    if loss is not None:
+        store(loss, 0, sum_all(losses, rows) / divisor)
