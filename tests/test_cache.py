@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,34 @@ runpy.run_module("fastopt", run_name="__main__")
     first = cached(folder)
     assert first
     run(train, package=folder)
+    assert cached(folder) == first
+
+
+def losses_of(dtypes: tuple[str, ...]) -> None:
+    """Each of several specialisations of the same kernels, and whether its code is its own."""
+    for name in dtypes:
+        dtype = getattr(torch, name)
+        x = torch.randn(64, 8).to(dtype).requires_grad_()
+        labels = torch.randint(0, 8, (64,))
+        for reduction in ("mean", "none"):
+            with fastopt.use_backend("numba"):
+                loss = fastopt.nn.CrossEntropyLoss(reduction=reduction)(x, labels)
+            expected = torch.nn.functional.cross_entropy(x.double(), labels, reduction=reduction)
+            torch.testing.assert_close(loss.double(), expected, rtol=1e-2, atol=1e-2)
+            loss.sum().backward()
+
+
+def test_processes_that_compile_at_once(tmp_path: Path) -> None:
+    """None finds another one's code under a name of its own, and nothing is lost."""
+    folder, dtypes = copy_package(tmp_path), ("float32", "bfloat16", "float16")
+    orders = [dtypes[k:] + dtypes[:k] for k in range(3)]
+    with ThreadPoolExecutor(len(orders)) as pool:
+        started = [pool.submit(run, losses_of, order, package=folder) for order in orders]
+        for child in started:
+            child.result()
+    first = cached(folder)
+    assert first
+    run(losses_of, dtypes, package=folder)
     assert cached(folder) == first
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import pickle
 import sys
 import tempfile
 from collections.abc import Callable
@@ -213,8 +214,50 @@ class _CacheImpl(caching.CompileResultCacheImpl):
 _LOADS_ALONE = ("0.68.",)
 
 
+class _CacheFile(caching.IndexDataCacheFile):
+    """A file for each specialisation, named by it and marked with what it is of.
+
+    Numba numbers its files and keeps an index of them. Where two processes compile at once, both
+    may take the same number, and an index then leads to another function's code. Here a file
+    that is of something else, or outdated, is one that isn't there.
+    """
+
+    def __init__(self, cache_path: str, filename_base: str, source_stamp: str) -> None:
+        super().__init__(cache_path, filename_base, source_stamp)
+        self._base = filename_base
+
+    def save(self, key: Any, data: Any) -> None:
+        content = self._dump(data)
+        with self._open_for_write(self._file_of(key)) as file:  # in place at once, or not at all
+            pickle.dump(self._mark(key), file)
+            file.write(content)
+
+    def load(self, key: Any) -> Any:
+        try:
+            with open(self._file_of(key), "rb") as file:
+                return pickle.load(file) if pickle.load(file) == self._mark(key) else None
+        except FileNotFoundError:
+            return None
+
+    def _file_of(self, key: Any) -> str:
+        signature, machine, _ = key  # without the code itself: a new version overwrites the old one
+        digest = hashlib.sha256(repr((signature, machine)).encode()).hexdigest()[:16]
+        path: str = self._data_path(f"{self._base}.{digest}.nbc")
+        return path
+
+    def _mark(self, key: Any) -> tuple[str, str]:
+        return self._source_stamp, repr(key)
+
+
 class _Cache(caching.FunctionCache):
     _impl_class = _CacheImpl
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        locator = self._impl.locator
+        self._cache_file = _CacheFile(
+            self._cache_path, self._impl.filename_base, locator.get_source_stamp()
+        )
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Numba's, but for making the compiler ready first, which takes 0.2 s.
