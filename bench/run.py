@@ -152,6 +152,7 @@ def main() -> int:
     if not rows and not steps:
         parser.error(f"no case has {arguments.only!r} in its name")
     seconds = arguments.seconds or (4.0 if arguments.full else 1.5)
+    old = report.read(arguments.compare) if arguments.compare else None
     found: dict[str, Any] = {"machine": machine(), "results": [], "steps": []}
 
     def add(kind: str, result: dict[str, Any]) -> None:
@@ -173,8 +174,8 @@ def main() -> int:
 
         plots.draw(found, arguments.plots)
     failed = bool(report.slower(found))
-    if arguments.compare:
-        changes, slower = report.compare(report.read(arguments.compare), found)
+    if old is not None:
+        changes, slower = report.compare(old, found)
         print(changes)
         failed |= slower
     return int(failed)
