@@ -104,6 +104,8 @@ LOSSES = [
             ((1, 2), True), ((8, 10), True), ((64, 10), False), ((128, 10), True),
             ((1000, 10), False), ((10_000, 10), True), ((100_000, 10), False),
             ((1 << 20, 10), True),
+            ((1 << 15, 16), False), ((1 << 14, 32), False), ((1 << 13, 64), True),
+            ((1 << 16, 64), False),
             ((8, 100), False), ((128, 100), False), ((1024, 100), False), ((10_000, 100), False),
             ((4, 1000), False), ((32, 1000), False), ((128, 1000), True), ((512, 1000), False),
             ((4096, 1000), False),
@@ -115,6 +117,7 @@ LOSSES = [
     ],
     *[_classes(512, 32_000, dtype=dtype, quick=True) for dtype in (BF16, F16, F64)],
     *[_classes(1 << 20, 10, dtype=dtype) for dtype in (BF16, F16, F64)],
+    *[_classes(1 << 13, 64, dtype=dtype) for dtype in (BF16, F16, F64)],
     _classes(8, 64, 32_000, last=True, quick=True),
     _classes(8, 64, 100, last=True),
     *[

@@ -13,7 +13,7 @@ import torch
 
 from . import __version__, optim
 from ._warmup import DTYPES, warm_up
-from .dispatch import BACKENDS, CROSSOVER, SHORT_ROWS, Request
+from .dispatch import BACKENDS, CROSSOVER, ROW_CROSSOVER, Request
 from .nn import functional
 
 
@@ -59,8 +59,11 @@ def report() -> None:
     print("\nElements below which torch's own loss is the faster one:")
     for operation, count in CROSSOVER.items():
         print(f"  {operation:13s} {count:,}")
-    for operation, (classes, count) in SHORT_ROWS.items():
-        print(f"  {operation:13s} {count:,} in rows of up to {classes} classes")
+    for operation, table in ROW_CROSSOVER.items():
+        for size, rows in table.items():
+            for classes, count in rows:
+                what = f"in rows of up to {classes} classes of {size} bytes"
+                print(f"  {operation:13s} {count:,} {what}")
 
 
 def _version(package: str) -> str:

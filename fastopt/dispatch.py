@@ -183,15 +183,25 @@ _COMMON = (
 #: Below, what a call costs before any kernel runs decides, and torch's C++ has less of that than
 #: Python. Optimizers count tensors' fixed costs too, so theirs pays off from the first element.
 CROSSOVER = {"mse_loss": 98_304, "l1_loss": 16_384, "cross_entropy": 122_880}
-#: The same for rows of up to so many classes, which torch computes one number at a time.
-SHORT_ROWS = {"cross_entropy": (16, 6144)}
+#: The same for rows of up to so many classes side by side, by the bytes of a number: what is
+#: shorter than a vector torch computes number by number, a few vectors it does well.
+ROW_CROSSOVER = {
+    "cross_entropy": {
+        2: ((31, 6_144), (128, 524_288)),
+        4: ((15, 6_144), (31, 122_880), (128, 524_288)),
+        8: ((31, 16_384),),
+    }
+}
 
 
 def crossover(request: Request) -> int:
     """Elements from which compiled code pays off for a request."""
-    longest, count = SHORT_ROWS.get(request.operation, (0, 0))
-    least = CROSSOVER.get(request.operation, 0)
-    return min(least, count) if 0 < request.row <= longest else least
+    if request.row:
+        rows = ROW_CROSSOVER.get(request.operation, {})
+        for longest, count in rows.get(request.dtypes[0].itemsize, ()):
+            if request.row <= longest:
+                return count
+    return CROSSOVER.get(request.operation, 0)
 
 
 def is_small(operation: str) -> tuple[Callable[[torch.Tensor], bool], int]:
@@ -200,12 +210,13 @@ def is_small(operation: str) -> tuple[Callable[[torch.Tensor], bool], int]:
     Also the number of elements below which the test need not be asked.
     """
     least = CROSSOVER.get(operation, 0)
-    longest, count = SHORT_ROWS.get(operation, (0, least))
+    rows = [row for rows in ROW_CROSSOVER.get(operation, {}).values() for row in rows]
+    longest = max((classes for classes, count in rows if count < least), default=0)
 
     def test(input: torch.Tensor) -> bool:
         return input.numel() < least and input.shape[-1] > longest
 
-    return test, min(least, count)
+    return test, min([least, *(count for _, count in rows)])
 
 
 @functools.cache

@@ -237,9 +237,12 @@ def ulps(dtype: torch.dtype, scale: float) -> float:
     return torch.finfo(dtype).eps * scale
 
 
-def assert_as_accurate(ours: Tensor, torchs: Tensor, oracle: Tensor, slack: float = 4.0) -> None:
+def assert_as_accurate(
+    ours: Tensor, torchs: Tensor, oracle: Tensor, slack: float = 4.0, terms: float = 0.0
+) -> None:
     """Our largest error is no larger than torch's, but for `slack` times the last digit.
 
+    terms: of what size the numbers are whose difference the result is, if it may be smaller.
     Infinities and NaN are the oracle's. Where torch alone has one (Adam in float16, whose
     eps of 1e-8 rounds to 0 there), we have the same or a number.
     """
@@ -253,7 +256,7 @@ def assert_as_accurate(ours: Tensor, torchs: Tensor, oracle: Tensor, slack: floa
         return
     mine = (ours.double() - oracle)[finite].abs().max().item()
     theirs = (torchs.double() - oracle)[finite].abs().max().item()
-    scale = oracle[finite].abs().max().item()
+    scale = max(oracle[finite].abs().max().item(), terms)
     if ours.numel() < 32:
         scale = max(scale, 1.0)  # of so few, whose last digits (of p - 1, say) fall better is luck
     if ours.dtype == torch.float64:

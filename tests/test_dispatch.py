@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from cases import FLOATS
 
 import fastopt
 import fastopt.nn.functional as ours
 from fastopt import BackendUnavailable, dispatch
-from fastopt.dispatch import BACKENDS, CROSSOVER, SHORT_ROWS, Decision, Request
+from fastopt.dispatch import BACKENDS, CROSSOVER, ROW_CROSSOVER, Decision, Request
 
 SINGLE = (torch.float32, torch.float32)
 LARGE = 1 << 20
@@ -124,35 +126,50 @@ def test_crossover(operation: str) -> None:
     assert choose(operation=operation, numel=1, insisted="numba").backend == "numba"
 
 
-@pytest.mark.parametrize("operation", SHORT_ROWS)
-def test_crossover_of_short_rows(operation: str) -> None:
-    classes, limit = SHORT_ROWS[operation]
-    for row, least in ((0, CROSSOVER[operation]), (1, limit), (classes, limit),
-                       (classes + 1, CROSSOVER[operation])):  # fmt: skip
-        assert choose(operation=operation, numel=least, row=row).backend == "numba"
-        assert choose(operation=operation, numel=least - 1, row=row).backend == "reference"
+def row_limits(operation: str) -> list[tuple[torch.dtype, int, int]]:
+    """(dtype, classes side by side, crossover) on both sides of each step of the table."""
+    found = []
+    dtypes = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
+    for size, rows in ROW_CROSSOVER.get(operation, {}).items():
+        assert list(rows) == sorted(rows)
+        limits = [limit for _, limit in rows] + [CROSSOVER[operation]]
+        for (classes, limit), above in zip(rows, limits[1:], strict=True):
+            found += [(dtypes[size], classes, limit), (dtypes[size], classes + 1, above)]
+        found += [(dtypes[size], 1, limits[0]), (dtypes[size], 0, CROSSOVER[operation])]
+    return found
+
+
+@pytest.mark.parametrize("operation", ROW_CROSSOVER)
+def test_crossover_of_rows(operation: str) -> None:
+    for dtype, row, limit in row_limits(operation):
+        call = {"operation": operation, "dtypes": (dtype, torch.int64), "row": row}
+        assert choose(numel=limit, **call).backend == "numba"
+        assert choose(numel=limit - 1, **call).backend == "reference"
 
 
 @pytest.mark.parametrize("operation", CROSSOVER)
 def test_quick_test_of_size(operation: str) -> None:
     """It must never send to torch what pays off, whatever the layout."""
-    (test, surely), (longest, _) = dispatch.is_small(operation), SHORT_ROWS.get(operation, (7, 0))
+    test, surely = dispatch.is_small(operation)
 
     def quick(input: torch.Tensor) -> bool:
         return input.numel() < surely or test(input)
 
-    for limit in (CROSSOVER[operation], SHORT_ROWS.get(operation, (0, 64))[1]):
-        for width in (1, 2, longest, longest + 1, 1000):
-            for rows in (limit // width - 1, limit // width, limit // width + 1):
-                if rows < 1:
-                    continue
-                row = width if operation in SHORT_ROWS else 0
-                settled = choose(operation=operation, numel=rows * width, row=row).backend
-                assert not quick(torch.empty(rows, width, device="meta")) or settled == "reference"
-                transposed = torch.empty(width, rows, device="meta").t()
-                settled = choose(operation=operation, numel=rows * width).backend
-                assert not quick(transposed) or settled == "reference"
-    assert quick(torch.empty(1, longest + 1))
+    steps = row_limits(operation)
+    limits = {CROSSOVER[operation], *(limit for _, _, limit in steps)}
+    widths = {1, 2, 1000, *(row for _, row, _ in steps if row)}
+    for dtype, limit, width in itertools.product(FLOATS, limits, widths):
+        for rows in (limit // width - 1, limit // width, limit // width + 1):
+            if rows < 1:
+                continue
+            call = {"operation": operation, "dtypes": (dtype, dtype), "numel": rows * width}
+            settled = choose(**call, row=width if steps else 0).backend
+            input = torch.empty(rows, width, dtype=dtype, device="meta")
+            assert not quick(input) or settled == "reference"
+            settled = choose(**call).backend
+            transposed = torch.empty(width, rows, dtype=dtype, device="meta").t()
+            assert not quick(transposed) or settled == "reference"
+    assert quick(torch.empty(1, 1000))
 
 
 def test_missing_packages_and_features(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,7 @@ def any_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Sizes below which torch is faster count for nothing, in calls that name their arguments."""
     for operation in OPS:
         monkeypatch.setitem(dispatch.CROSSOVER, operation, 0)
+        monkeypatch.setitem(dispatch.ROW_CROSSOVER, operation, {})
     _Memory.forget()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # which would wait for each other longer than these sizes take

@@ -26,12 +26,13 @@ from . import memory
 from .compiler import Region, dtype_name, optional_pointer, pointer, specialise
 from .softmax import check_targets
 from .softmax_long import SEGMENT, softmax_long
-from .softmax_rows import BLOCK, GROUP, softmax_rows
+from .softmax_rows import BLOCK, GROUP, apart, softmax_rows
 from .softmax_tiles import softmax_tiles
 from .threads import Launcher, parts_for
 
-# From this many classes a row fills vectors by itself, if its classes lie side by side.
-LONG_ROW = 80
+# From this many classes a row fills vectors by itself, if its classes lie side by side; by the
+# bytes of a number.
+LONG_ROW = {2: 128, 4: 80, 8: 48}
 # Fewer rows than this share their threads, if they are long.
 FEW_ROWS = 16
 # Positions in a tile: SIDE_BY_SIDE ones are copied as they are, APART ones turned, which wants
@@ -153,20 +154,21 @@ def _run(
     )  # fmt: skip
     dtypes = [None if t is None else t.dtype for t in tensors]
     addresses = [None if t is None else t.data_ptr() for t in tensors]
-    ends = 0 if loss is None else 8 * rows
+    ends = 0 if loss is None else 8 * apart.py_func(rows)
     if loss is not None:  # the positions' losses are only on the way to it
         dtypes[5] = torch.float64
     parts = min(parts_for(rows * x.classes, GRAIN), max(rows, 1))
     size = 8 if call.input.dtype == torch.float64 else 4
-    if x.class_stride == 1 and (x.classes >= LONG_ROW or call.target is None):
+    long = x.classes >= LONG_ROW[call.input.itemsize]
+    if x.class_stride == 1 and (long or call.target is None):
         t = x if call.probability is None else _axis(call.probability)
         loop, lines, each, copies = softmax_rows, 3, parts * GROUP, parts
         if rows < FEW_ROWS and x.classes > 2 * SEGMENT:
             parts = rows * -(-x.classes // SEGMENT)
             loop, lines, each, copies = softmax_long, 4, parts, rows
-        blocks = -(-x.classes // BLOCK)
         in_place = _in_place(dtypes[0], dtypes[6])
-        kept = copies * (blocks + (not in_place) * x.classes) * size
+        blocks, row = (apart.py_func(n) for n in (-(-x.classes // BLOCK), x.classes))
+        kept = copies * (blocks + (not in_place) * row) * size
         start, held = memory.scratch(ends + 8 * lines * each + kept)
         addresses[5] = addresses[5] if loss is None else start
         sums = range(start + ends, start + ends + 8 * lines * each, 8 * each)

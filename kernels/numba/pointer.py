@@ -25,6 +25,9 @@ _IR = {
     "int64": ir.IntType(64),
     "uint8": ir.IntType(8),
 }
+_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "uint8": 1}
+#: Of the square blocks that are turned at once.
+SIDE = 8
 
 
 class Pointer(types.Type):
@@ -74,6 +77,17 @@ def _element_pointer(builder: Any, pointer: Any, typ: Pointer, index: Any) -> An
     return builder.gep(base, [index])
 
 
+def _many(typ: Any, width: int) -> Any:
+    """The type of `width` numbers side by side, of which one is itself."""
+    return typ if width == 1 else ir.VectorType(typ, width)
+
+
+def _constant(value: Any, number: int) -> Any:
+    """`number` in the integer type of a value, in each of its lanes."""
+    vector = isinstance(value.type, ir.VectorType)
+    return ir.Constant(value.type, [number] * value.type.count if vector else number)
+
+
 def _tag(builder: Any, instruction: Any, slot: int) -> None:
     """State that this access overlaps no access of another slot."""
     module = builder.module
@@ -84,46 +98,57 @@ def _tag(builder: Any, instruction: Any, slot: int) -> None:
     instruction.set_metadata("noalias", module.add_metadata(others))
 
 
-def _emit_load(context: Any, builder: Any, typ: Pointer, pointer: Any, index: Any) -> Any:
-    value = builder.load(_element_pointer(builder, pointer, typ, index))
+def _emit_load(
+    context: Any, builder: Any, typ: Pointer, pointer: Any, index: Any, width: int = 1
+) -> Any:
+    place = _element_pointer(builder, pointer, typ, index)
+    element = _IR[typ.element]
+    if width > 1:
+        place = builder.bitcast(place, _many(element, width).as_pointer())
+    value = builder.load(place, align=_BYTES[typ.element])
     _tag(builder, value, typ.slot)
     if typ.element == "bfloat16":  # the upper half of a float32
-        wide = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-        value = builder.bitcast(wide, ir.FloatType())
+        wide = builder.zext(value, _many(ir.IntType(32), width))
+        wide = builder.shl(wide, _constant(wide, 16))
+        value = builder.bitcast(wide, _many(ir.FloatType(), width))
     elif typ.element == "float16":
-        value = builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType())
+        value = builder.bitcast(value, _many(ir.HalfType(), width))
+        value = builder.fpext(value, _many(ir.FloatType(), width))
     elif typ.element == "uint8":
-        value = builder.zext(value, ir.IntType(64))
+        value = builder.zext(value, _many(ir.IntType(64), width))
     if typ.compute == types.float64 and typ.element != "float64":
-        value = builder.fpext(value, ir.DoubleType())
+        value = builder.fpext(value, _many(ir.DoubleType(), width))
     return value
 
 
 def _emit_store(
-    context: Any, builder: Any, typ: Pointer, pointer: Any, index: Any, value: Any
+    context: Any, builder: Any, typ: Pointer, pointer: Any, index: Any, value: Any, width: int = 1
 ) -> None:
     if typ.compute == types.float64 and typ.element != "float64":
         # Halves by way of float32 too: CPUs convert from there, and from float64 LLVM
         # would call a library function that a JIT process doesn't have.
-        value = builder.fptrunc(value, ir.FloatType())
+        value = builder.fptrunc(value, _many(ir.FloatType(), width))
     if typ.element == "float16":
-        value = builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
+        value = builder.fptrunc(value, _many(ir.HalfType(), width))
+        value = builder.bitcast(value, _many(ir.IntType(16), width))
     elif typ.element == "bfloat16":
-        value = _round_to_bfloat16(builder, value)
-    store = builder.store(value, _element_pointer(builder, pointer, typ, index))
+        value = _round_to_bfloat16(builder, value, width)
+    place = _element_pointer(builder, pointer, typ, index)
+    if width > 1:
+        place = builder.bitcast(place, value.type.as_pointer())
+    store = builder.store(value, place, align=_BYTES[typ.element])
     _tag(builder, store, typ.slot)
 
 
-def _round_to_bfloat16(builder: Any, value: Any) -> Any:
+def _round_to_bfloat16(builder: Any, value: Any, width: int) -> Any:
     """Round to nearest, ties to even, in integers; NaN stays a (quiet) NaN."""
-    i32 = ir.IntType(32)
-    bits = builder.bitcast(value, i32)
-    odd = builder.and_(builder.lshr(bits, ir.Constant(i32, 16)), ir.Constant(i32, 1))
-    rounded = builder.add(bits, builder.add(odd, ir.Constant(i32, 0x7FFF)))
+    bits = builder.bitcast(value, _many(ir.IntType(32), width))
+    odd = builder.and_(builder.lshr(bits, _constant(bits, 16)), _constant(bits, 1))
+    rounded = builder.add(bits, builder.add(odd, _constant(bits, 0x7FFF)))
     is_nan = builder.fcmp_unordered("uno", value, value)
-    quiet = builder.or_(bits, ir.Constant(i32, 0x00400000))
+    quiet = builder.or_(bits, _constant(bits, 0x00400000))
     kept = builder.select(is_nan, quiet, rounded)
-    return builder.trunc(builder.lshr(kept, ir.Constant(i32, 16)), ir.IntType(16))
+    return builder.trunc(builder.lshr(kept, _constant(bits, 16)), _many(ir.IntType(16), width))
 
 
 @intrinsic
@@ -145,6 +170,44 @@ def store(typingctx: Any, pointer: Any, index: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(pointer, types.intp, pointer.compute), codegen
+
+
+@intrinsic
+def turn(
+    typingctx: Any, source: Any, first: Any, pitch: Any, out: Any, out_first: Any, out_pitch: Any
+) -> Any:
+    """out[j, k] = source[k, j] for k and j below SIDE, of matrices whose rows are a pitch apart.
+
+    In registers: one by one the numbers would go through memory at more than a cycle each.
+    """
+    assert source.compute == out.compute
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        typ, start, step, to, to_start, to_step = args
+        rows = []
+        for k in range(SIDE):
+            at = builder.add(start, builder.mul(step, ir.Constant(step.type, k)))
+            rows.append(_emit_load(context, builder, source, typ, at, SIDE))
+        half = SIDE // 2
+        while half:  # swap the off-diagonal quarters of ever smaller squares
+            for k in range(SIDE):
+                if not k & half:
+                    upper, lower = rows[k], rows[k | half]
+                    for row, offset in ((k, 0), (k | half, half)):
+                        mask = [
+                            (j | offset) if not j & half else SIDE + (j & ~half | offset)
+                            for j in range(SIDE)
+                        ]
+                        mask = ir.Constant(ir.VectorType(ir.IntType(32), SIDE), mask)
+                        rows[row] = builder.shuffle_vector(upper, lower, mask)
+            half //= 2
+        for k in range(SIDE):
+            at = builder.add(to_start, builder.mul(to_step, ir.Constant(to_step.type, k)))
+            _emit_store(context, builder, out, to, at, rows[k], SIDE)
+        return context.get_dummy_value()
+
+    index = types.intp
+    return types.void(source, index, index, out, index, index), codegen
 
 
 @intrinsic

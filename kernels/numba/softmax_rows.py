@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from .compiler import kernel, region, summing_kernel
+from .compiler import inlined, kernel, region, summing_kernel
 from .pointer import load, store
 from .reduction import sum_all
 from .softmax import chosen_gradient, chosen_loss
@@ -23,6 +23,15 @@ from .vector_math import cast, exp, from_ordered, log, ordered
 BLOCK = 2048
 # Rows whose losses are finished together.
 GROUP = 64
+
+
+@inlined
+def apart(count: int) -> int:
+    """Numbers from one part's to the next's, where each has `count`: whole pairs of cache lines.
+
+    Two threads that write to one line, or to two that are fetched together, wait for each other.
+    """
+    return (count + 31) // 32 * 32
 
 
 @kernel
@@ -178,12 +187,12 @@ def softmax_rows(
 ) -> None:  # fmt: skip
     """Arguments: see cross_entropy._run.
 
-    Scratch memory: shifts, the number of its blocks a part; exps, a row a part, or None if the
-    gradient's own memory can hold them; plain, masses and totals, GROUP a part.
+    Scratch memory: shifts, the number of its blocks a part, and exps, a row a part, or None if
+    the gradient's own memory can hold them, both `apart`; plain, masses and totals, GROUP a part.
     """
     blocks = (classes + BLOCK - 1) // BLOCK
     for part in prange(parts):
-        first = part * blocks
+        first, kept = part * apart(blocks), part * apart(classes)
         end, group = (part + 1) * rows // parts, part * GROUP
         start = part * rows // parts
         for r in range(start, end):
@@ -201,7 +210,7 @@ def softmax_rows(
                         x, row, 0, classes, zero, grad, at, shifts, first
                     )  # fmt: skip
                 else:
-                    at = part * classes
+                    at = kept
                     top, total = softmax_statistics(
                         x, row, 0, classes, zero, exps, at, shifts, first
                     )  # fmt: skip

@@ -13,13 +13,13 @@ import numpy as np
 from numba import prange
 
 from .compiler import kernel, region
-from .pointer import load, store
+from .pointer import SIDE, load, store, turn
 from .reduction import sum_all
 from .softmax import chosen_gradient, chosen_loss
 from .vector_math import cast, exp, log
 
 # Classes summed in the compute dtype before the sum moves to float64.
-BLOCK = 64
+BLOCK = 16
 
 
 @kernel
@@ -31,10 +31,12 @@ def copy_in(
         for c in range(classes):
             for j in range(count):
                 store(tile, at + c * pitch + j, load(x, start + c * class_stride + j))
-    elif class_stride == 1:
-        for j in range(count):
-            for c in range(classes):
-                store(tile, at + c * pitch + j, load(x, start + j * stride + c))
+    elif class_stride == 1 and classes >= SIDE and count >= SIDE:
+        for j in range(0, count, SIDE):
+            k = min(j, count - SIDE)  # the last block may overlap the one before
+            for c in range(0, classes, SIDE):
+                d = min(c, classes - SIDE)
+                turn(x, start + k * stride + d, stride, tile, at + d * pitch + k, pitch)
     else:
         for j in range(count):
             for c in range(classes):
@@ -97,7 +99,15 @@ def copy_out(
                 store(grad, start + c * class_stride + j, g)
             else:
                 store(tile, at + c * pitch + j, g)
-    if stride != 1:
+    if stride == 1:
+        pass
+    elif class_stride == 1 and classes >= SIDE and count >= SIDE:
+        for j in range(0, count, SIDE):
+            k = min(j, count - SIDE)
+            for c in range(0, classes, SIDE):
+                d = min(c, classes - SIDE)
+                turn(tile, at + d * pitch + k, pitch, grad, start + k * stride + d, stride)
+    else:
         for j in range(count):
             for c in range(classes):
                 v = load(tile, at + c * pitch + j)
