@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DeviceMesh, DTensor, Shard
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
@@ -160,7 +161,12 @@ class Mode(torch.overrides.TorchFunctionMode):
 
 
 class Subclass(Tensor):
-    """Any tensor subclass; DTensor is one."""
+    """Any tensor subclass; for losses DTensor is one."""
+
+
+def dtensor() -> Tensor:
+    mesh = DeviceMesh("cpu", [0], _init_backend=False, _rank=0)
+    return DTensor.from_local(torch.randn(4, 6), mesh, [Shard(0)], run_check=False)
 
 
 POINTWISE_FEATURES = [
@@ -331,7 +337,10 @@ OPTIMIZER_FEATURES = [
     Feature("a gradient of another layout", parameter(grad=lambda p: torch.ones(6, 4).t())),
     Feature("parameters that share memory", tied),
     Feature("no elements", parameter(lambda: torch.randn(0, 3))),
-    Feature("a tensor subclass (DTensor)",
+    Feature("DTensors (FSDP2), gradients cut alike", parameter(dtensor)),
+    Feature("DTensors, gradients cut otherwise",
+            parameter(dtensor, grad=lambda p: torch.ones(p.shape))),
+    Feature("any other tensor subclass",
             parameter(lambda: torch.randn(4, 6).as_subclass(Subclass))),
 ]  # fmt: skip
 

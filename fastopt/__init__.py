@@ -1,6 +1,7 @@
 """Compiled drop-in replacements for PyTorch's losses and optimizers, on CPU and GPU."""
 
 from . import dispatch, nn, optim
+from ._convert import convert
 from ._explain import Explanation, explain
 from .dispatch import use_backend
 from .errors import BackendUnavailable
@@ -9,6 +10,7 @@ from .memory import empty_cache
 __all__ = [
     "BackendUnavailable",
     "Explanation",
+    "convert",
     "dispatch",
     "empty_cache",
     "explain",

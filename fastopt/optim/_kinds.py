@@ -13,6 +13,8 @@ from torch import Tensor
 from .. import dispatch
 from ..dispatch import Decision, Request
 from ..kernels.layout import is_dense, same_layout
+from ._shards import is_dtensor, local
+from ._shards import specials as shard_specials
 
 if TYPE_CHECKING:
     from ._planned import PlannedStep
@@ -27,6 +29,7 @@ class Kind(NamedTuple):
 
     Attributes:
         device: their device.
+        sharded: whether they are DTensors, of which this process updates its shards.
         param, grad: dtypes.
         slots: dtype of each state in the order of the optimizer's slots, None if not in use.
         step: dtype of the step counters, None if the optimizer has none.
@@ -35,6 +38,7 @@ class Kind(NamedTuple):
     """
 
     device: torch.device
+    sharded: bool
     param: torch.dtype
     grad: torch.dtype
     slots: tuple[torch.dtype | None, ...]
@@ -82,12 +86,12 @@ def shares(optimizer: PlannedStep, without_grads: bool = False) -> list[Share]:
                     continue
                 grad = param
             else:
-                read.append(grad)
+                read.append(local(grad))
             state = optimizer.state.get(param, {})
             kind = _kind(optimizer, group, special, param, grad, state)
             by_kind.setdefault(kind, []).append(Member(param, place))
-            touched.append(param)
-            touched += [t for t in state.values() if isinstance(t, Tensor)]
+            touched.append(local(param))
+            touched += [local(t) for t in state.values() if isinstance(t, Tensor)]
     if _share_memory(touched, read):
         merged: dict[Kind, list[Member]] = {}
         for kind, members in by_kind.items():
@@ -107,7 +111,7 @@ def _request(optimizer: PlannedStep, kind: Kind, members: list[Member]) -> Reque
         optimizer._operation,
         device.type,
         (kind.param, kind.grad, *(d for d in kind.slots if d is not None)),
-        sum(m.param.numel() for m in members),
+        sum(local(m.param).numel() for m in members),
         kind.special,
         torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
         dispatch.insisted(),
@@ -185,6 +189,8 @@ def _kind(
     special = list(group_special)
     if group.get("capturable") and param.device.type == "cpu":
         special.append("capturable=True on the CPU")
+    special += shard_specials("gradient", grad, param)
+    whole, param, grad = param, local(param), local(grad)
     special += _layout_specials(param, grad)
     active = () if group_special else optimizer._active(group)
     if state and optimizer._counts_steps:  # torch creates all states or none
@@ -197,9 +203,13 @@ def _kind(
             pass
         elif value is None and not (name in state and optimizer._counts_steps):
             dtype = param.dtype
-        elif type(value) is not Tensor or value.device != param.device:
-            special.append(f"state {name!r} of another type or device than the parameter's")
-        elif not special and not same_layout(param, value):
+        elif not isinstance(value, Tensor) or type(local(value)) is not Tensor:
+            special.append(f"state {name!r} of type {type(value).__name__}")
+        elif value.device != param.device:
+            special.append(f"state {name!r} of another device than the parameter's")
+        elif unlike := shard_specials(f"state {name!r}", value, whole):
+            special += unlike
+        elif not special and not same_layout(param, local(value)):
             special.append(f"state {name!r} of another layout than the parameter's")
         else:
             dtype = value.dtype
@@ -217,7 +227,8 @@ def _kind(
             special.append(f"state 'step' on {where}")
         on_device = where == param.device and (where != _CPU or _keeps_counter(group))
     return Kind(
-        param.device, param.dtype, grad.dtype, tuple(slots), step, on_device, tuple(special)
+        param.device, is_dtensor(whole), param.dtype, grad.dtype, tuple(slots), step, on_device,
+        tuple(special),
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from .. import dispatch
 from ..kernels.tables import Tables, Traced
 from ._kinds import Share, Spans, shares
 from ._metadata import Versions, prove
+from ._shards import Shards, local
 
 if TYPE_CHECKING:
     from ._planned import PlannedStep
@@ -183,7 +184,7 @@ class Bucket:
     """The parameters of one kind, updated by one launch.
 
     Attributes:
-        updated: the parameters and the states made of elements.
+        updated: the parameters and the states made of elements, of DTensors the shards too.
         written: every tensor that the launch writes to, step counters included.
         fresh: whether some states begin at this step, and with it a rule of their own.
     """
@@ -212,18 +213,22 @@ class Bucket:
         self._state_dicts = [optimizer.state[p] for p in params] if names else []
         self._lines = []  # (how to find a state, its tensors)
         addresses = np.zeros((len(optimizer._slots) + 3, len(params)), np.int64)
-        addresses[0] = list(map(_data_ptr, params))
         for name in names:
             tensors = [state[name] for state in self._state_dicts]
             line = -1 if name == "step" else optimizer._slots.index(name) + 1
-            addresses[line] = list(map(_data_ptr, tensors))
+            addresses[line] = [_data_ptr(local(t)) for t in tensors]
             self._lines.append((itemgetter(name), tensors))
-        self.written = params + list(chain.from_iterable(line[1] for line in self._lines))
+        tensors = params + list(chain.from_iterable(line[1] for line in self._lines))
         counters = len(params) if kind.step is not None else 0
-        self.updated = self.written[: len(self.written) - counters]
+        self.updated = tensors[: len(tensors) - counters]
+        self._shards = Shards(params, self.updated[len(params) :]) if kind.sharded else None
+        self.written = list(map(local, tensors)) if kind.sharded else tensors
+        if kind.sharded:
+            self.updated = self.updated + self.written[: len(self.updated)]
+        addresses[0] = list(map(_data_ptr, self.written[: len(params)]))
 
         offsets = np.zeros(len(params) + 1, np.int64)
-        np.cumsum(list(map(Tensor.numel, params)), out=offsets[1:])
+        np.cumsum(list(map(Tensor.numel, self.written[: len(params)])), out=offsets[1:])
         self._tables = Tables(
             device=kind.device,
             hypers=np.zeros((len(self._rows), len(optimizer._record._fields))),
@@ -259,7 +264,7 @@ class Bucket:
 
     def prove(self, spans: Spans) -> None:
         """Begin to prove, now that it is known what memory all of the step writes to."""
-        grads = list(map(_grad, self._params))
+        grads = [local(grad) for grad in map(_grad, self._params)]
         self._proof = prove(self.written, grads, self._tables.addresses[-2], spans)
 
     def holds(self) -> bool:
@@ -270,7 +275,9 @@ class Bucket:
                     return False
         except (KeyError, TypeError):  # a state removed
             return False
-        return self._proof.holds(self.written, list(map(_grad, self._params)))
+        found = list(map(_grad, self._params))
+        grads = found if self._shards is None else self._shards.of(found)
+        return grads is not None and self._proof.holds(self.written, grads)
 
     def run(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Launch."""

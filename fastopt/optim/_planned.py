@@ -14,6 +14,7 @@ from .. import dispatch
 from ..dispatch import Decision
 from ._kinds import default_counter, fits_torchs_fused, group_specials, shares
 from ._plan import StepPlan
+from ._shards import local
 
 Group = dict[str, Any]
 
@@ -161,7 +162,7 @@ class PlannedStep(Optimizer):
     def _decisions(self) -> tuple[Decision, ...]:
         return tuple(
             dispatch.describe(
-                decision, "describe_step", kind.param, [m.param.numel() for m in members]
+                decision, "describe_step", kind.param, [local(m.param).numel() for m in members]
             )
             for kind, decision, members in shares(self, without_grads=True)
         )

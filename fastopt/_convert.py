@@ -1,0 +1,142 @@
+"""fastopt.convert: running optimizers and losses inside models change sides in place."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch.nn.modules.loss import _Loss
+from torch.optim import Optimizer
+
+from . import nn, optim
+from .nn._loss import LossModule
+
+__all__ = ["convert"]
+
+_Subject = TypeVar("_Subject", Optimizer, torch.nn.Module)
+_Twins = dict[type, type]
+
+
+def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
+    """Make a torch optimizer, or the loss modules inside a model, fastopt's; or torch's again.
+
+    It happens in place, by a change of class: the object, its state and hyperparameters, its
+    hooks, and whoever holds it (schedulers, a GradScaler, a framework) stay as they are.
+    Frameworks that keep an optimizer's `step` should be given it afterwards.
+
+    Args:
+        subject: an optimizer whose class is torch's own SGD, Adam, AdamW or RMSprop; or a
+            module, of which every CrossEntropyLoss, MSELoss and L1Loss changes, itself
+            included. Losses called as functions in a forward are no modules, and stay torch's.
+        to: "fastopt" or "torch".
+
+    Returns:
+        subject.
+
+    Warns:
+        UserWarning: names the loss modules that were left alone, and why.
+
+    Raises:
+        TypeError: an optimizer of another class (of a subclass, too, whose own ways could be
+            lost), or whose `step` has been replaced; or no optimizer and no module.
+        ValueError: another `to`.
+
+    Example:
+        >>> optimizer = fastopt.convert(optimizer)
+        >>> model = fastopt.convert(model)
+        >>> fastopt.convert(optimizer, to="torch")
+    """
+    if to not in ("fastopt", "torch"):
+        raise ValueError(f"to={to!r} (supported: 'fastopt', 'torch')")
+    if isinstance(subject, Optimizer):
+        _convert_optimizer(subject, _twins(optim, torch.optim, to))
+    elif isinstance(subject, torch.nn.Module):
+        base = _Loss if to == "fastopt" else LossModule
+        _convert_modules(subject, _twins(nn, torch.nn, to), base)
+    else:
+        raise TypeError(
+            f"cannot convert a {_name(type(subject))} (supported: optimizers and modules)"
+        )
+    return subject
+
+
+def _twins(ours: ModuleType, theirs: ModuleType, to: str) -> _Twins:
+    classes = {n: getattr(ours, n) for n in ours.__all__ if isinstance(getattr(ours, n), type)}
+    twins = {getattr(theirs, name): ours for name, ours in classes.items()}
+    return twins if to == "fastopt" else {ours: theirs for theirs, ours in twins.items()}
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _convert_optimizer(optimizer: Any, twins: _Twins) -> None:
+    kind = type(optimizer)
+    if kind in twins.values():
+        return
+    if kind not in twins:
+        supported = ", ".join(_name(k) for k in twins)
+        inside = next((n for n in ("optimizer", "optim") if hasattr(optimizer, n)), None)
+        hint = f"; convert what it wraps, its .{inside}" if inside else ""
+        raise TypeError(
+            f"cannot convert a {_name(kind)} (supported: {supported}; no subclasses){hint}"
+        )
+    replaced = vars(optimizer).get("step")
+    counts = getattr(replaced, "_wrapped_by_lr_sched", False)
+    if replaced is not None and not (counts and replaced.__wrapped__ is kind.step):
+        raise TypeError(
+            f"cannot convert a {_name(kind)} whose step has been replaced by {replaced!r}, which "
+            "would go on to call the old one; convert it before that"
+        )
+    vars(optimizer).pop("_plan", None)
+    optimizer.__class__ = twins[kind]
+    optimizer._patch_step_function()  # as at the beginning and after unpickling: hooks, profiling
+    if counts:
+        optimizer.step = _counting(optimizer)
+
+
+def _counting(optimizer: Any) -> Any:
+    """What a scheduler replaces an optimizer's step by, to see that it is called before its own."""
+    held, step = weakref.ref(optimizer), type(optimizer).step
+
+    @functools.wraps(step)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        optimizer: Any = held()
+        optimizer._opt_called = True
+        return step(optimizer, *args, **kwargs)
+
+    wrapper._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    return wrapper
+
+
+def _convert_modules(subject: torch.nn.Module, twins: _Twins, base: type) -> None:
+    left = []
+    for path, module in subject.named_modules():
+        kind = type(module)
+        if kind in twins and "forward" not in vars(module):
+            module.__class__ = twins[kind]
+        elif kind not in twins.values() and (why := _why_left(module, twins, base)):
+            left.append(f"{path or 'the module itself'} ({why})")
+    if left:
+        warnings.warn(f"fastopt.convert left alone: {', '.join(left)}", stacklevel=3)
+
+
+def _why_left(module: Any, twins: _Twins, base: type) -> str | None:
+    """Of a loss module that doesn't change, the reason; None if it is no loss."""
+    name = type(module).__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        name = getattr(module, "original_name", name)
+        known = {kind.__name__ for kind in twins}
+        return f"{name}, compiled by torch.jit" if name in known else None
+    if not isinstance(module, base):
+        return None
+    if type(module) in twins:
+        return f"{name}, whose forward has been replaced"
+    parent = next((kind for kind in twins if isinstance(module, kind)), None)
+    if parent is not None:
+        return f"{name}, a subclass of {parent.__name__}, whose own ways could be lost"
+    return f"{name}, of which fastopt has none"

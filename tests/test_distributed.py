@@ -1,0 +1,78 @@
+"""torch.distributed on two processes: the same numbers as one process with torch alone."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="torch was built without torch.distributed's gloo",
+)
+
+if torch.distributed.is_available():
+    with warnings.catch_warnings(action="ignore"):  # torch's own, while it is imported
+        import ranks
+
+Run = Callable[..., list[Any]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Run a scenario on every process; what each of them returned."""
+    context = multiprocessing.get_context("spawn")
+    pipes = [context.Pipe() for _ in range(ranks.WORLD)]
+    processes = [
+        context.Process(target=ranks.serve, args=(rank, theirs), daemon=True)
+        for rank, (_, theirs) in enumerate(pipes)
+    ]
+    for process in processes:
+        process.start()
+
+    def order(name: str, options: dict[str, Any], seed: int) -> list[Any]:
+        folder: Path = tmp_path_factory.mktemp("group")
+        for ours, _ in pipes:
+            ours.send((name, options, seed, folder))
+        answers = [ours.recv() for ours, _ in pipes]
+        assert not any(isinstance(a, str) for a in answers), "\n".join(map(str, answers))
+        return [torch.load(io.BytesIO(answer)) for answer in answers]
+
+    yield order
+    for (ours, _), process in zip(pipes, processes, strict=True):
+        ours.send(None)
+        process.join(60)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "options"),
+    [
+        *(("data_parallel", {"name": name}) for name in ranks.OPTIMIZERS),
+        ("data_parallel", {"gradient_as_bucket_view": True}),
+        *(("fully_sharded", {"name": name}) for name in ranks.OPTIMIZERS),
+        ("fully_sharded", {"name": "AdamW", "fused": True}),
+        ("mixed_precision", {}),
+        ("shards_replaced", {}),
+        ("cut_otherwise", {}),
+        ("zero_redundancy", {}),
+        ("zero_redundancy", {"views": True}),
+        ("checkpoints", {"first": "torch"}),
+        ("checkpoints", {"first": "fastopt"}),
+        ("tensor_parallel", {}),
+        ("parallel_loss", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_is_the_single_process(scenario: str, options: dict[str, Any], run: Run, seed: int) -> None:
+    for found, expected in run(scenario, options, seed):
+        if scenario == "mixed_precision":  # a last digit decides how a bfloat16 is rounded
+            bounds = {"rtol": 1e-2, "atol": 1e-3}
+        else:
+            bounds = {"rtol": 1e-9, "atol": 1e-10}
+        torch.testing.assert_close(found, expected, **bounds)
