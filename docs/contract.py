@@ -14,14 +14,14 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DeviceMesh, DTensor, Shard
 from torch.autograd import forward_ad
+from torch.distributed.tensor import DeviceMesh, DTensor, Shard
 from torch.nn import Parameter
 
 import fastopt
 import fastopt.nn.functional as ours
 from fastopt.dispatch import BACKENDS, CROSSOVER, Decision
-from fastopt.nn import _loss
+from fastopt.nn import _fused
 
 # Sizes and strides of an example say nothing of the reader's call.
 EXAMPLES = (
@@ -274,7 +274,7 @@ def how(derivative: Derivative, operation: str) -> str:
     x = torch.randn(4, 6, requires_grad=True)
     with fastopt.use_backend("numba"):
         loss = getattr(ours, operation)(x, target_of(operation, x))
-    with mock.patch.object(_loss, "_torch_grads", wraps=_loss._torch_grads) as seen:
+    with mock.patch.object(_fused, "_torch_grads", wraps=_fused._torch_grads) as seen:
         derivative.run(loss, x)
     return "torch's derivative of the same function" if seen.called else "kernel"
 

@@ -13,6 +13,7 @@ from torch.nn.modules.loss import _Loss
 from torch.optim import Optimizer
 
 from . import nn, optim
+from .errors import wrapper_hint
 from .nn._loss import LossModule
 
 __all__ = ["convert"]
@@ -59,7 +60,8 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
         _convert_modules(subject, _twins(nn, torch.nn, to), base)
     else:
         raise TypeError(
-            f"cannot convert a {_name(type(subject))} (supported: optimizers and modules)"
+            f"cannot convert an object of {_name(type(subject))} "
+            "(supported: optimizers and modules)"
         )
     return subject
 
@@ -80,17 +82,16 @@ def _convert_optimizer(optimizer: Any, twins: _Twins) -> None:
         return
     if kind not in twins:
         supported = ", ".join(_name(k) for k in twins)
-        inside = next((n for n in ("optimizer", "optim") if hasattr(optimizer, n)), None)
-        hint = f"; convert what it wraps, its .{inside}" if inside else ""
         raise TypeError(
-            f"cannot convert a {_name(kind)} (supported: {supported}; no subclasses){hint}"
+            f"cannot convert an object of {_name(kind)} (supported: {supported}; no subclasses)"
+            f"{wrapper_hint(optimizer)}"
         )
     replaced = vars(optimizer).get("step")
     counts = getattr(replaced, "_wrapped_by_lr_sched", False)
     if replaced is not None and not (counts and replaced.__wrapped__ is kind.step):
         raise TypeError(
-            f"cannot convert a {_name(kind)} whose step has been replaced by {replaced!r}, which "
-            "would go on to call the old one; convert it before that"
+            f"cannot convert an object of {_name(kind)} whose step has been replaced by "
+            f"{replaced!r}, which would go on to call the old one; convert it before that"
         )
     vars(optimizer).pop("_plan", None)
     optimizer.__class__ = twins[kind]

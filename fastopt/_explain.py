@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .dispatch import Decision
+from .errors import wrapper_hint
 from .nn._loss import LossModule
 from .optim._planned import PlannedStep
 
@@ -48,6 +49,8 @@ def explain(subject: Any, /, *args: Any, **kwargs: Any) -> Explanation:
     if hasattr(subject, "decide"):
         return Explanation((subject.decide(*args, **kwargs),))
     raise TypeError(
-        f"cannot explain a {type(subject).__module__}.{type(subject).__name__} (supported: the "
-        "classes of fastopt.nn and fastopt.optim and the functions of fastopt.nn.functional)"
+        f"cannot explain an object of {type(subject).__module__}.{type(subject).__name__} "
+        "(supported: the classes of fastopt.nn and fastopt.optim and the functions of "
+        "fastopt.nn.functional)"
+        f"{wrapper_hint(subject)}"
     )

@@ -8,7 +8,9 @@ Everything else a caller can get wrong raises what torch raises for it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from .dispatch import Decision
@@ -33,3 +35,11 @@ class BackendUnavailable(RuntimeError):
 
     def __reduce__(self) -> tuple[type[BackendUnavailable], tuple[Decision]]:
         return type(self), (self.decision,)  # pickling would pass the message
+
+
+def wrapper_hint(subject: Any) -> str:
+    """What to do about an optimizer of a framework that wraps another."""
+    for name in ("optimizer", "optim"):
+        if isinstance(getattr(subject, name, None), Optimizer):
+            return f"; it wraps another: take its .{name}"
+    return ""

@@ -28,7 +28,7 @@ class Loops(NamedTuple):
     def forward(
         self, options: hyper.Loss, tensors: Tensors, needs: tuple[bool, ...]
     ) -> tuple[torch.Tensor, Tensors | None, Any]:
-        """The loss, and perhaps its gradients for a grad_output of 1.
+        """The loss, and perhaps its gradients for the grad_output that is expected.
 
         Args:
             options: the call without its tensors.

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 if torch.distributed.is_available():
-    with warnings.catch_warnings(action="ignore"):  # torch's own, while it is imported
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, while it is imported
         import ranks
 
 Run = Callable[..., list[Any]]

@@ -28,8 +28,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SOURCES = sorted([*(ROOT / "fastopt").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 NAMES = {
     fastopt: {
-        "BackendUnavailable", "Explanation", "dispatch", "empty_cache", "explain", "nn", "optim",
-        "use_backend",
+        "BackendUnavailable", "Explanation", "convert", "dispatch", "empty_cache", "explain", "nn",
+        "optim", "use_backend",
     },
     fastopt.nn: {"CrossEntropyLoss", "L1Loss", "MSELoss", "functional"},
     fastopt.nn.functional: {"cross_entropy", "l1_loss", "mse_loss"},
@@ -87,11 +87,15 @@ def test_wheel_holds_every_source(tmp_path: Path) -> None:
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     sources = {re.sub("^kernels", "fastopt/kernels", str(f.relative_to(ROOT))) for f in SOURCES}
     assert names == {*sources, "fastopt/py.typed"}
-    assert wheel.name.endswith("-py3-none-any.whl")
+    assert wheel.name == f"fastopt-{fastopt.__version__}-py3-none-any.whl"
 
 
-def test_version() -> None:
-    assert fastopt.__version__ == PROJECT["project"]["version"]
+def test_version_is_written_once() -> None:
+    assert "version" not in PROJECT["project"]
+    assert PROJECT["tool"]["setuptools"]["dynamic"] == {"version": {"attr": "fastopt.__version__"}}
+    text = (ROOT / "fastopt" / "__init__.py").read_text()
+    assert text.count(f'"{fastopt.__version__}"') == 1
+    assert f"## {fastopt.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_files_fit_a_head() -> None:

@@ -14,7 +14,8 @@ from torch.utils._device import DeviceContext
 from .. import dispatch
 from ..dispatch import Decision, Request
 from ..errors import BackendUnavailable
-from ..kernels import hyper, reference
+from ..kernels import hyper
+from ._fused import Habit, evaluate
 
 # Names of their own, for what the smallest calls have to ask.
 is_compiling, tracing_state = torch.compiler.is_compiling, torch._C._get_tracing_state
@@ -124,15 +125,6 @@ def _has_function_mode() -> bool:
     )
 
 
-def evaluate(backend: Any, options: hyper.Loss, tensors: Tensors) -> Tensor:
-    """The loss by a compiled backend."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        result: Tensor = _FusedLoss.apply(backend, options, *tensors)  # type: ignore[no-untyped-call]
-        return result
-    loss: Tensor = backend.forward(options, tensors, (False,) * len(tensors))[0]
-    return loss
-
-
 class _Settled(NamedTuple):
     """A call's analysis, for all calls of the same metadata.
 
@@ -140,17 +132,19 @@ class _Settled(NamedTuple):
         backend: the one to serve it, None for the reference.
         options: the call without its tensors.
         places: where the arguments have each of the call's tensors; None for one not given.
+        habit: of their backward passes.
     """
 
     backend: Any
     options: hyper.Loss
     places: tuple[int | None, ...]
+    habit: Habit
 
     def serve(self, values: tuple[Any, ...]) -> Tensor | None:
         if self.backend is None:
             return None
         tensors = tuple([None if k is None else values[k] for k in self.places])
-        return evaluate(self.backend, self.options, tensors)
+        return evaluate(self.backend, self.options, self.habit, tensors)
 
 
 class _Memory:
@@ -185,7 +179,7 @@ class _Memory:
             None if t is None else next(k for k, v in enumerate(values) if v is t)
             for t in call.tensors
         ]
-        settled = _Settled(backend, call.options, tuple(places))
+        settled = _Settled(backend, call.options, tuple(places), Habit())
         given = [k for k in places if k is not None]
         if key is not None and len(set(given)) == len(given):  # else places are not the arguments'
             if len(self._known) >= self.LIMIT:
@@ -215,77 +209,6 @@ def _key(names: Any, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
         else:
             return None
     return None if _ambience() else tuple(key)
-
-
-class _FusedLoss(torch.autograd.Function):
-    """Any loss by any compiled backend.
-
-    The forward pass may leave the gradients for a grad_output of 1 behind, which is what
-    the usual ``loss.backward()`` asks for; they are handed over, once. Everything else (a
-    scaled or per-sample grad_output, a second backward) is computed from the inputs.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, backend: Any, options: hyper.Loss, *tensors: Tensor | None) -> Tensor:
-        needs = ctx.needs_input_grad[2:]
-        loss, ctx.grads, ctx.kept = backend.forward(options, tensors, needs)
-        ctx.backend, ctx.options = backend, options
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
-        result: Tensor = loss
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        (grad_output,) = grad_outputs
-        needs = ctx.needs_input_grad[2:]
-        grads, ctx.grads = ctx.grads, None
-        if grad_output is None:
-            return (None,) * (2 + len(needs))
-        if grad_output.is_neg():
-            grad_output = grad_output.resolve_neg()
-        if torch.is_grad_enabled() or _is_followed(grad_output):  # create_graph and the like
-            grads = _torch_grads(ctx.options, ctx.saved_tensors, grad_output, needs)
-        elif grads is None or not ctx.backend.is_one(grad_output):
-            saved = ctx.saved_tensors
-            grads = ctx.backend.backward(ctx.options, saved, grads, ctx.kept, grad_output, needs)
-        return (None, None, *grads)
-
-
-def _is_followed(grad_output: Tensor) -> bool:
-    """Whether torch has to see how gradients are computed from this one."""
-    functorch = torch._C._functorch
-    return (
-        functorch.is_batchedtensor(grad_output)
-        or functorch.is_legacy_batchedtensor(grad_output)  # is_grads_batched
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
-
-
-def _torch_grads(
-    options: hyper.Loss, tensors: Tensors, grad_output: Tensor, needs: tuple[bool, ...]
-) -> Tensors:
-    """The gradients by torch's own operations, themselves differentiable if need be."""
-    wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
-
-    def loss_of(*inputs: Tensor) -> Tensor:
-        given = iter(inputs)
-        places = zip(tensors, needs, strict=True)
-        return reference.loss(options, tuple(next(given) if need else t for t, need in places))
-
-    if torch._C._are_functorch_transforms_active():
-        found = torch.func.vjp(loss_of, *wanted)[1](grad_output)
-    else:
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # Views, so that an input given twice counts once per place.
-            inputs = [t.view_as(t) for t in wanted]
-            loss = loss_of(*inputs)
-        found = torch.autograd.grad(loss, inputs, grad_output, create_graph=create_graph)
-    grads = iter(found)
-    return tuple(next(grads) if need else None for need in needs)
 
 
 def loss_function(

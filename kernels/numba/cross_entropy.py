@@ -223,7 +223,7 @@ def _empty_gradient(input: torch.Tensor, x: ClassAxis) -> torch.Tensor:
 def forward(
     options: hyper.Loss, tensors: tuple[torch.Tensor | None, ...], needs: tuple[bool, ...]
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...] | None, None]:
-    """The loss, and its gradients for a grad_output of 1 (None where that isn't settled yet)."""
+    """The loss, and its gradients for the grad_output expected (None where that has no number)."""
     call = _prepare(options, tensors)
     if options.reduction == "none":
         shape = call.input.shape[:1] + call.input.shape[2:] if call.input.dim() > 1 else ()
@@ -232,7 +232,7 @@ def forward(
         return losses, None, None
     loss = torch.empty((), dtype=options.dtype, device="cpu")
     grad = _empty_gradient(call.input, call.axis) if needs[0] else None
-    _run(call, None, grad, None, loss, _inverse(call.denominator))
+    _run(call, None, grad, None, loss, options.grad_output * _inverse(call.denominator))
     return loss, None if grad is None else (grad, None, None), None
 
 

@@ -110,7 +110,7 @@ def _empty_grad(tensor: torch.Tensor, need: bool) -> torch.Tensor | None:
 def forward(
     options: hyper.Loss, tensors: tuple[torch.Tensor, ...], needs: tuple[bool, ...]
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...] | None, None]:
-    """The loss, and its gradients for a grad_output of 1 (None where that isn't settled yet)."""
+    """The loss, and its gradients for the grad_output expected (None where that has no number)."""
     input, target = tensors
     if options.reduction == "none":
         values = torch.empty_like(input, dtype=options.dtype)
@@ -119,7 +119,7 @@ def forward(
     grads = tuple(map(_empty_grad, tensors, needs))
     sums = input.new_empty(-(-input.numel() // CHUNK), dtype=torch.float64)
     loss = input.new_empty((), dtype=options.dtype)
-    _run(options, 1.0, input, target, None, *grads, None, sums, loss)
+    _run(options, options.grad_output, input, target, None, *grads, None, sums, loss)
     return loss, grads if any(needs) else None, None
 
 
