@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from . import nn, optim
 from .errors import wrapper_hint
 from .nn._loss import LossModule
+from .optim._planned import PlannedStep
 
 __all__ = ["convert"]
 
@@ -54,10 +55,10 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
     if to not in ("fastopt", "torch"):
         raise ValueError(f"to={to!r} (supported: 'fastopt', 'torch')")
     if isinstance(subject, Optimizer):
-        _convert_optimizer(subject, _twins(optim, torch.optim, to))
+        if not (to == "fastopt" and isinstance(subject, PlannedStep)):  # a subclass of ours, too
+            _convert_optimizer(subject, _twins(optim, torch.optim, to))
     elif isinstance(subject, torch.nn.Module):
-        base = _Loss if to == "fastopt" else LossModule
-        _convert_modules(subject, _twins(nn, torch.nn, to), base)
+        _convert_modules(subject, _twins(nn, torch.nn, to), to)
     else:
         raise TypeError(
             f"cannot convert an object of {_name(type(subject))} "
@@ -114,26 +115,27 @@ def _counting(optimizer: Any) -> Any:
     return wrapper
 
 
-def _convert_modules(subject: torch.nn.Module, twins: _Twins, base: type) -> None:
+def _convert_modules(subject: torch.nn.Module, twins: _Twins, to: str) -> None:
     left = []
     for path, module in subject.named_modules():
         kind = type(module)
         if kind in twins and "forward" not in vars(module):
             module.__class__ = twins[kind]
-        elif kind not in twins.values() and (why := _why_left(module, twins, base)):
+        elif kind not in twins.values() and (why := _why_left(module, twins, to)):
             left.append(f"{path or 'the module itself'} ({why})")
     if left:
         warnings.warn(f"fastopt.convert left alone: {', '.join(left)}", stacklevel=3)
 
 
-def _why_left(module: Any, twins: _Twins, base: type) -> str | None:
-    """Of a loss module that doesn't change, the reason; None if it is no loss."""
+def _why_left(module: Any, twins: _Twins, to: str) -> str | None:
+    """Of a loss module that doesn't change, the reason; None if it is no loss, or on that side."""
     name = type(module).__name__
-    if isinstance(module, torch.jit.ScriptModule):
+    if isinstance(module, torch.jit.ScriptModule):  # torch's own, always
         name = getattr(module, "original_name", name)
-        known = {kind.__name__ for kind in twins}
-        return f"{name}, compiled by torch.jit" if name in known else None
-    if not isinstance(module, base):
+        known = to == "fastopt" and name in {kind.__name__ for kind in twins}
+        return f"{name}, compiled by torch.jit" if known else None
+    is_ours = isinstance(module, LossModule)
+    if not isinstance(module, _Loss) or is_ours == (to == "fastopt"):
         return None
     if type(module) in twins:
         return f"{name}, whose forward has been replaced"

@@ -214,7 +214,9 @@ def is_small(operation: str) -> tuple[Callable[[torch.Tensor], bool], int]:
     longest = max((classes for classes, count in rows if count < least), default=0)
 
     def test(input: torch.Tensor) -> bool:
-        return input.numel() < least and input.shape[-1] > longest
+        if not (input.numel() < least and input.shape[-1] > longest):
+            return False
+        return input.dim() < 3 or input.shape[1] > longest  # whose classes may be side by side
 
     return test, min([least, *(count for _, count in rows)])
 

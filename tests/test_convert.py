@@ -168,6 +168,35 @@ def test_what_is_no_optimizer_of_torchs_own() -> None:
             function(Wrapper())
 
 
+class OwnOfOurs(fastopt.optim.Adam):
+    pass
+
+
+def test_what_is_ours_already() -> None:
+    optimizer = OwnOfOurs([nn.Parameter(torch.zeros(2))])
+    assert fastopt.convert(optimizer) is optimizer
+    assert type(optimizer) is OwnOfOurs
+    with pytest.raises(TypeError, match="no subclasses"):
+        fastopt.convert(optimizer, to="torch")
+
+
+@NAMES
+def test_a_step_held_from_before(name: str) -> None:
+    (model, optimizer), (other, torchs) = make(name), make(name)
+    other.load_state_dict(model.state_dict())
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    held = fastopt.convert(optimizer).step
+    fastopt.convert(optimizer, to="torch")
+    for x in batches():
+        for trained, step in ((model, held), (other, torchs.step)):
+            trained.zero_grad()
+            trained(x).square().mean().backward()
+            step()
+    assert_same([*model.parameters()], [*other.parameters()])
+    assert len(calls) == 3
+
+
 def test_a_replaced_step_is_not_gone_around() -> None:
     _, optimizer = make("SGD")
     optimizer.step = lambda: None
@@ -273,6 +302,21 @@ def test_what_is_left_alone_is_named() -> None:
     )
     after = {name: type(module) for name, module in model.items()}
     assert after == {**before, "plain": fastopt.nn.MSELoss}
+
+
+class FocalOfOurs(fastopt.nn.CrossEntropyLoss):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_what_is_on_that_side_is_not_named() -> None:
+    """Warnings are errors here."""
+    ours = nn.ModuleList([FocalOfOurs(), fastopt.nn.MSELoss()])
+    fastopt.convert(ours)
+    theirs = nn.ModuleList([Focal(), nn.BCELoss(), torch.jit.script(nn.L1Loss())])
+    fastopt.convert(theirs, to="torch")
+    with pytest.warns(UserWarning, match=r"alone: 0 \(FocalOfOurs, a subclass of CrossEntropyLoss"):
+        fastopt.convert(ours, to="torch")
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])

@@ -169,7 +169,12 @@ def test_quick_test_of_size(operation: str) -> None:
             settled = choose(**call).backend
             transposed = torch.empty(width, rows, dtype=dtype, device="meta").t()
             assert not quick(transposed) or settled == "reference"
+            if steps:  # (batch, classes, length), the classes side by side
+                settled = choose(**call, row=width).backend
+                rest = torch.empty(1, rows, width, dtype=dtype, device="meta").transpose(1, 2)
+                assert not quick(rest) or settled == "reference"
     assert quick(torch.empty(1, 1000))
+    assert quick(torch.empty(2, 1000, 3)) or operation == "cross_entropy"
 
 
 def test_missing_packages_and_features(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,6 +223,17 @@ def test_backward_passes_of_a_habit(
     _Memory.forget()
 
 
+def test_zero_becomes_no_habit() -> None:
+    """Of its gradients the sign counts."""
+    _Memory.forget()
+    for scale in (0.0, 0.0, 0.0, -0.0, -0.0, -0.0, 0.0):
+        x, y = torch.randn(400, 400, requires_grad=True), torch.randn(400, 400)
+        (found,) = torch.autograd.grad(ours.mse_loss(x, y), x, torch.tensor(scale))
+        (expected,) = torch.autograd.grad(theirs.mse_loss(x, y), x, torch.tensor(scale))
+        assert torch.equal(found.signbit(), expected.signbit())
+    _Memory.forget()
+
+
 def test_numbers_that_are_none_become_no_habit(monkeypatch: pytest.MonkeyPatch) -> None:
     _Memory.forget()
     y = torch.randn(400, 400)

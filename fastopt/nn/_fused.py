@@ -29,7 +29,7 @@ class Habit:
         self.expected = self._last = 1.0
 
     def note(self, number: float) -> None:
-        if number == self._last:
+        if number == self._last and number:  # of zeros the sign would count
             self.expected = number
         self._last = number
 

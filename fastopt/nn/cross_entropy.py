@@ -166,10 +166,10 @@ def cross_entropy(
         >>> loss = fastopt.nn.functional.cross_entropy(logits.transpose(1, 2), next_tokens)
 
     Reference: :func:`torch.nn.functional.cross_entropy`. It differs in two cases. Where the
-    logits are changed in place between the forward and the backward pass, backward raises
-    (on the CPU unless it is the plain ``loss.backward()``), because the logits themselves are
-    kept for it, not a copy of their softmax. And the gradient to an ignored position is 0 even
-    where its logits are NaN or infinite.
+    logits are changed in place between the forward and the backward pass, backward raises (on
+    the CPU unless it is scaled as expected: not at all, or as the two before), because the
+    logits themselves are kept for it, not a copy of their softmax. And the gradient to an
+    ignored position is 0 even where its logits are NaN or infinite.
     """
 
 

@@ -93,6 +93,9 @@ class PlannedStep(Optimizer):
             BackendUnavailable: inside ``use_backend``, that backend can't serve every
                 parameter; nothing has been changed.
         """
+        if not isinstance(self, PlannedStep):  # held since before `fastopt.convert` made it torch's
+            step: Any = type(self).step
+            return step.__wrapped__(self, closure)
         if self._counts_steps:
             _check_capture(self)
         loss = None
