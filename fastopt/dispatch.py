@@ -216,7 +216,9 @@ def is_small(operation: str) -> tuple[Callable[[torch.Tensor], bool], int]:
     def test(input: torch.Tensor) -> bool:
         if not (input.numel() < least and input.shape[-1] > longest):
             return False
-        return input.dim() < 3 or input.shape[1] > longest  # whose classes may be side by side
+        if input.dim() < 3 or input.shape[1] > longest:
+            return True
+        return input.stride(1) != 1 and input.shape[1] > 1  # else its classes are side by side
 
     return test, min([least, *(count for _, count in rows)])
 

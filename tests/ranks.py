@@ -169,6 +169,8 @@ def mixed_precision(seed: int, folder: Path) -> Outcome:
         optimizer = module.optim.AdamW(model.parameters(), **OPTIMIZERS["AdamW"])
         batches = [mine(batch) for batch in data(seed, torch.float32)]
         losses = train(model, optimizer, batches, torch.nn.CrossEntropyLoss())
+        if module is fastopt:
+            is_compiled(optimizer)
         found.append(results(model, averaged(losses)))
     return found[0], found[1]
 
@@ -189,6 +191,8 @@ def shards_replaced(seed: int, folder: Path) -> Outcome:
         losses += train(model, optimizer, batches[3:4], nn.CrossEntropyLoss())
         model.load_state_dict(other, assign=True)
         losses += train(model, optimizer, batches[4:], nn.CrossEntropyLoss())
+        if module is fastopt:
+            is_compiled(optimizer)
         found.append(results(model, averaged(losses)))
     return found[0], found[1]
 

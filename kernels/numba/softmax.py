@@ -1,4 +1,4 @@
-"""What both traversals of a softmax share: the class index, and the check of class indices."""
+"""What the traversals of a softmax share: the class index, and the check of class indices."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ import numpy as np
 
 from .compiler import inlined, kernel
 from .pointer import load
+
+
+@inlined
+def chosen_coefficients(label: int, hard: float, weight: Any, smooth: Any) -> tuple[float, float]:
+    """Of a class index: its coefficient on top of `smooth`, and its part of that."""
+    share, label_smooth = hard, 0.0
+    if weight is not None:
+        share *= np.float64(load(weight, label))
+    if smooth is not None:
+        label_smooth = np.float64(load(smooth, label))
+    return share, label_smooth
 
 
 @inlined

@@ -15,7 +15,7 @@ from numba import prange
 from .compiler import inlined, kernel, region
 from .pointer import load, store
 from .reduction import sum_all
-from .softmax import chosen_gradient, chosen_loss
+from .softmax import chosen_coefficients, chosen_gradient, chosen_loss
 from .softmax_rows import (
     BLOCK,
     row_coefficients,
@@ -97,11 +97,7 @@ def softmax_long(
             log_total = log(total)
             value = mass * log_total - dot
             if target is not None:
-                share = hard
-                if weight is not None:
-                    share *= np.float64(load(weight, label))
-                if smooth is not None:
-                    label_smooth = np.float64(load(smooth, label))
+                share, label_smooth = chosen_coefficients(label, hard, weight, smooth)
                 value += chosen_loss(load(x, row + label), top, log_total, share)
             factor = scale
             if upstream is not None:

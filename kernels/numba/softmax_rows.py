@@ -17,7 +17,7 @@ from numba import prange
 from .compiler import inlined, kernel, region, summing_kernel
 from .pointer import load, store
 from .reduction import sum_all
-from .softmax import chosen_gradient, chosen_loss
+from .softmax import chosen_coefficients, chosen_gradient, chosen_loss
 from .vector_math import cast, exp, from_ordered, log, ordered
 
 BLOCK = 2048
@@ -219,11 +219,7 @@ def softmax_rows(
                 )  # fmt: skip
                 share, label_smooth = 0.0, 0.0
                 if target is not None:
-                    share = hard
-                    if weight is not None:
-                        share *= np.float64(load(weight, label))
-                    if smooth is not None:
-                        label_smooth = np.float64(load(smooth, label))
+                    share, label_smooth = chosen_coefficients(label, hard, weight, smooth)
                     value = chosen_loss(load(x, row + label), top, 0.0, share)
                 value -= dot
                 if grad is not None:

@@ -15,7 +15,7 @@ from numba import prange
 from .compiler import kernel, region
 from .pointer import SIDE, load, store, turn
 from .reduction import sum_all
-from .softmax import chosen_gradient, chosen_loss
+from .softmax import chosen_coefficients, chosen_gradient, chosen_loss
 from .vector_math import cast, exp, log
 
 # Classes summed in the compute dtype before the sum moves to float64.
@@ -128,14 +128,12 @@ def choose_labels(
     complete = True
     for j in range(count):
         label = load(target, r + j)
-        share, row_mass, label_smooth = hard, mass, 0.0
+        share, row_mass = hard, mass
         if label == ignore_index:
             complete = False
             label, share, row_mass = 0, 0.0, 0.0
-        if weight is not None:
-            share *= np.float64(load(weight, label))
+        share, label_smooth = chosen_coefficients(label, share, weight, smooth)
         if smooth is not None:
-            label_smooth = np.float64(load(smooth, label))
             store(smooths, t + j, label_smooth)
             store(masses, t + j, row_mass)
         store(shares, t + j, share)

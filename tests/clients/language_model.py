@@ -25,6 +25,12 @@ VOCABULARY, IGNORED = 5_000, -100
 #: Even a batch of the shortest excerpts has logits enough for the compiled kernels.
 BATCH, SHORTEST, LONGEST = 4, 24, 48
 assert dispatch.CROSSOVER["cross_entropy"] < BATCH * SHORTEST * VOCABULARY
+#: Whose state is saved, and who goes on from it.
+RESUMED = pytest.mark.parametrize(
+    ("first", "second"),
+    [(torch, fastopt), (fastopt, torch), (fastopt, fastopt)],
+    ids=["torch-fastopt", "fastopt-torch", "fastopt-fastopt"],
+)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from clients.language_model import (
     BATCH,
     BFLOAT16,
     FLOAT32,
+    RESUMED,
     VOCABULARY,
     Training,
     assert_compiled,
@@ -128,11 +129,7 @@ def test_training(
     assert_compiled(actual.optimizer)
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [(torch, fastopt), (fastopt, torch), (fastopt, fastopt)],
-    ids=["torch-fastopt", "fastopt-torch", "fastopt-fastopt"],
-)
+@RESUMED
 def test_resumed(first: ModuleType, second: ModuleType, tmp_path: Path) -> None:
     """From the state that one has saved to where torch ends without a break."""
     model, rows = language_model(), excerpts(STEPS * ACCUMULATED * BATCH)

@@ -14,6 +14,7 @@ from clients.language_model import (
     BFLOAT16,
     FLOAT32,
     LONGEST,
+    RESUMED,
     VOCABULARY,
     Apart,
     Training,
@@ -135,11 +136,7 @@ def test_optimizer_by_class(tmp_path: Path) -> None:
     assert_compiled(actual.optimizer)
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [(torch, fastopt), (fastopt, torch), (fastopt, fastopt)],
-    ids=["torch-fastopt", "fastopt-torch", "fastopt-fastopt"],
-)
+@RESUMED
 def test_resumed(first: ModuleType, second: ModuleType, tmp_path: Path) -> None:
     """From the checkpoint of one to where torch ends without a break."""
     model, rows = language_model(), excerpts(STEPS * BATCH)
