@@ -196,29 +196,27 @@ ROW_CROSSOVER = {
 
 def crossover(request: Request) -> int:
     """Elements from which compiled code pays off for a request."""
-    if request.row:
-        rows = ROW_CROSSOVER.get(request.operation, {})
-        for longest, count in rows.get(request.dtypes[0].itemsize, ()):
-            if request.row <= longest:
-                return count
+    rows = ROW_CROSSOVER.get(request.operation, {}).get(request.dtypes[0].itemsize, ())
+    for longest, count in rows:
+        if 0 < request.row <= longest:
+            return count
     return CROSSOVER.get(request.operation, 0)
 
 
 def is_small(operation: str) -> tuple[Callable[[torch.Tensor], bool], int]:
-    """A quick test of an operation's input: sure to be below the crossover if it says so.
+    """A quick test of an input: sure to be below the crossover if it says so.
 
-    Also the number of elements below which the test need not be asked.
+    Also the number of elements below which it need not be asked.
     """
     least = CROSSOVER.get(operation, 0)
     rows = [row for rows in ROW_CROSSOVER.get(operation, {}).values() for row in rows]
     longest = max((classes for classes, count in rows if count < least), default=0)
 
     def test(input: torch.Tensor) -> bool:
-        if not (input.numel() < least and input.shape[-1] > longest):
-            return False
-        if input.dim() < 3 or input.shape[1] > longest:
-            return True
-        return input.stride(1) != 1 and input.shape[1] > 1  # else its classes are side by side
+        shape = input.shape  # of (batch, classes, length) the classes may be side by side
+        return (input.numel() < least and shape[-1] > longest) and (
+            len(shape) < 3 or shape[1] > longest or (input.stride(1) != 1 and shape[1] > 1)
+        )
 
     return test, min([least, *(count for _, count in rows)])
 
