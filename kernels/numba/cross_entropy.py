@@ -24,6 +24,7 @@ from ..layout import ClassAxis, class_axis, dense_axis, view_along
 from ..reference import out_of_bounds
 from . import memory
 from .compiler import Region, dtype_name, optional_pointer, pointer, specialise
+from .pointer import LINE
 from .softmax import check_targets
 from .softmax_long import SEGMENT, softmax_long
 from .softmax_rows import BLOCK, GROUP, apart, softmax_rows
@@ -38,7 +39,7 @@ FEW_ROWS = 16
 # Positions in a tile: SIDE_BY_SIDE ones are copied as they are, APART ones turned, which wants
 # all their cache lines at hand; FEW where a tile would not fit a core's L2 cache.
 SIDE_BY_SIDE, APART, FEW = 256, 64, 16
-L1_BYTES, L2_BYTES, LINE = 24_576, 1 << 19, 64
+L1_BYTES, L2_BYTES = 24_576, 1 << 19
 GRAIN = 16_384
 
 

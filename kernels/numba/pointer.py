@@ -28,6 +28,8 @@ _IR = {
 _BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "uint8": 1}
 #: Of the square blocks that are turned at once.
 SIDE = 8
+#: Bytes of a cache line.
+LINE = 64
 
 
 class Pointer(types.Type):
@@ -98,15 +100,18 @@ def _tag(builder: Any, instruction: Any, slot: int) -> None:
     instruction.set_metadata("noalias", module.add_metadata(others))
 
 
-def _emit_load(
-    context: Any, builder: Any, typ: Pointer, pointer: Any, index: Any, width: int = 1
-) -> Any:
+def _emit_load(builder: Any, typ: Pointer, pointer: Any, index: Any, width: int = 1) -> Any:
     place = _element_pointer(builder, pointer, typ, index)
     element = _IR[typ.element]
     if width > 1:
         place = builder.bitcast(place, _many(element, width).as_pointer())
     value = builder.load(place, align=_BYTES[typ.element])
     _tag(builder, value, typ.slot)
+    return _widen(builder, typ, value, width)
+
+
+def _widen(builder: Any, typ: Pointer, value: Any, width: int = 1) -> Any:
+    """What is in memory as the numbers to compute with."""
     if typ.element == "bfloat16":  # the upper half of a float32
         wide = builder.zext(value, _many(ir.IntType(32), width))
         wide = builder.shl(wide, _constant(wide, 16))
@@ -122,7 +127,7 @@ def _emit_load(
 
 
 def _emit_store(
-    context: Any, builder: Any, typ: Pointer, pointer: Any, index: Any, value: Any, width: int = 1
+    builder: Any, typ: Pointer, pointer: Any, index: Any, value: Any, width: int = 1
 ) -> None:
     if typ.compute == types.float64 and typ.element != "float64":
         # Halves by way of float32 too: CPUs convert from there, and from float64 LLVM
@@ -156,9 +161,34 @@ def load(typingctx: Any, pointer: Any, index: Any) -> Any:
     """pointer[index], in the pointer's compute dtype."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _emit_load(context, builder, pointer, *args)
+        return _emit_load(builder, pointer, *args)
 
     return pointer.compute(pointer, types.intp), codegen
+
+
+@intrinsic
+def load_bits(typingctx: Any, pointer: Any, index: Any) -> Any:
+    """The bits of pointer[index], a signed integer of the element's size."""
+    integer = types.Integer.from_bitwidth(8 * _BYTES[pointer.element], signed=True)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = _element_pointer(builder, args[0], pointer, args[1])
+        place = builder.bitcast(place, context.get_value_type(integer).as_pointer())
+        bits = builder.load(place, align=_BYTES[pointer.element])
+        _tag(builder, bits, pointer.slot)
+        return bits
+
+    return integer(pointer, types.intp), codegen
+
+
+@intrinsic
+def from_bits(typingctx: Any, bits: Any, pointer: Any) -> Any:
+    """What `load` makes of an element of these bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _widen(builder, pointer, builder.bitcast(args[0], _IR[pointer.element]))
+
+    return pointer.compute(bits, pointer), codegen
 
 
 @intrinsic
@@ -166,7 +196,7 @@ def store(typingctx: Any, pointer: Any, index: Any, value: Any) -> Any:
     """pointer[index] = value, rounded once to the element's dtype."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _emit_store(context, builder, pointer, *args)
+        _emit_store(builder, pointer, *args)
         return context.get_dummy_value()
 
     return types.void(pointer, types.intp, pointer.compute), codegen
@@ -187,7 +217,7 @@ def turn(
         rows = []
         for k in range(SIDE):
             at = builder.add(start, builder.mul(step, ir.Constant(step.type, k)))
-            rows.append(_emit_load(context, builder, source, typ, at, SIDE))
+            rows.append(_emit_load(builder, source, typ, at, SIDE))
         half = SIDE // 2
         while half:  # swap the off-diagonal quarters of ever smaller squares
             for k in range(SIDE):
@@ -203,11 +233,41 @@ def turn(
             half //= 2
         for k in range(SIDE):
             at = builder.add(to_start, builder.mul(to_step, ir.Constant(to_step.type, k)))
-            _emit_store(context, builder, out, to, at, rows[k], SIDE)
+            _emit_store(builder, out, to, at, rows[k], SIDE)
         return context.get_dummy_value()
 
     index = types.intp
     return types.void(source, index, index, out, index, index), codegen
+
+
+@intrinsic
+def per_line(typingctx: Any, pointer: Any) -> Any:
+    """How many elements a cache line has."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return context.get_constant(types.intp, LINE // _BYTES[pointer.element])
+
+    return types.intp(pointer), codegen
+
+
+@intrinsic
+def prefetch(typingctx: Any, pointer: Any, index: Any) -> Any:
+    """Have the cache line of pointer[index] fetched while other work goes on."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address, number = _BYTE.as_pointer(), ir.IntType(32)
+        function = builder.module.declare_intrinsic(
+            "llvm.prefetch",
+            [address],
+            fnty=ir.FunctionType(ir.VoidType(), [address, number, number, number]),
+        )
+        place = _element_pointer(builder, args[0], pointer, args[1])
+        # to read it; into the L2 cache; it is data
+        how = [ir.Constant(number, n) for n in (0, 2, 1)]
+        builder.call(function, [builder.bitcast(place, address), *how])
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.intp), codegen
 
 
 @intrinsic
@@ -218,7 +278,7 @@ def load_each(typingctx: Any, pointers: Any, index: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         values = [
-            _emit_load(context, builder, p, builder.extract_value(args[0], k), args[1])
+            _emit_load(builder, p, builder.extract_value(args[0], k), args[1])
             if isinstance(p, Pointer)
             else context.get_dummy_value()
             for k, p in enumerate(pointers)
@@ -237,7 +297,7 @@ def store_each(typingctx: Any, pointers: Any, index: Any, values: Any) -> Any:
             if isinstance(p, Pointer):
                 value = builder.extract_value(args[2], k)
                 value = context.cast(builder, value, values[k], p.compute)
-                _emit_store(context, builder, p, builder.extract_value(args[0], k), args[1], value)
+                _emit_store(builder, p, builder.extract_value(args[0], k), args[1], value)
         return context.get_dummy_value()
 
     return types.void(pointers, types.intp, values), codegen
@@ -262,7 +322,7 @@ def at_each(typingctx: Any, pointers: Any, table: Any, stride: Any, index: Any) 
         position = args[3]
         for p in pointers:
             if isinstance(p, Pointer):
-                address = _emit_load(context, builder, table, args[1], position)
+                address = _emit_load(builder, table, args[1], position)
                 values.append(builder.inttoptr(address, _BYTE.as_pointer()))
             else:
                 values.append(context.get_dummy_value())

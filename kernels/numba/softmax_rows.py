@@ -15,10 +15,10 @@ import numpy as np
 from numba import prange
 
 from .compiler import inlined, kernel, region, summing_kernel
-from .pointer import load, store
+from .pointer import from_bits, load, load_bits, per_line, prefetch, store
 from .reduction import sum_all
 from .softmax import chosen_coefficients, chosen_gradient, chosen_loss
-from .vector_math import cast, exp, from_ordered, log, ordered
+from .vector_math import cast, exp, log
 
 BLOCK = 2048
 # Rows whose losses are finished together.
@@ -36,11 +36,16 @@ def apart(count: int) -> int:
 
 @kernel
 def block_max(x: Any, begin: int, end: int) -> Any:
-    """Maximum of x[begin:end], through the floats' ordered integer images."""
-    best = ordered(load(x, begin))
+    """Maximum of x[begin:end], in integers: LLVM does not vectorise that of floats.
+
+    The bits of positive floats are ordered as they are, those of negative ones the other way
+    round. A NaN is above infinity or, with the sign bit set, below all.
+    """
+    highest = lowest = load_bits(x, begin)
     for i in range(begin + 1, end):
-        best = max(best, ordered(load(x, i)))
-    return from_ordered(best)
+        bits = load_bits(x, i)
+        highest, lowest = max(highest, bits), min(lowest, bits)
+    return from_bits(highest if highest >= 0 else lowest, x)
 
 
 @summing_kernel
@@ -69,6 +74,8 @@ def softmax_statistics(
     for c in range(begin, end, BLOCK):
         stop = min(c + BLOCK, end)
         here = block_max(x, row + c, row + stop)
+        for i in range(stop, min(stop + BLOCK, end), per_line(x)):
+            prefetch(x, row + i)  # memory has nothing to do during the exponentials
         if here > top:
             if top > lowest:
                 total *= math.exp(np.float64(top) - np.float64(here))

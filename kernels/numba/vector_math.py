@@ -1,7 +1,6 @@
 """Scalar functions written so that LLVM turns loops over them into vector code.
 
-``math.exp`` stays a scalar library call without Intel's SVML, and LLVM does not
-vectorise a float maximum (NaN makes its order matter). A polynomial and integers do
+``math.exp`` stays a scalar library call without Intel's SVML; a polynomial and integers do
 vectorise. Integer steps are emitted as LLVM instructions: numba widens every int32
 operation to int64, which halves the vectors.
 """
@@ -24,7 +23,6 @@ _FORMAT: dict[Any, tuple[Any, int, int]] = {
     types.float32: (types.int32, 23, 127),
     types.float64: (types.int64, 52, 1023),
 }
-_FLOAT: dict[Any, Any] = {types.int32: types.float32, types.int64: types.float64}
 
 
 @intrinsic
@@ -35,35 +33,6 @@ def cast(typingctx: Any, value: Any, like: Any) -> Any:
         return context.cast(builder, args[0], value, like)
 
     return like(value, like), codegen
-
-
-def _flip(builder: Any, bits: Any) -> Any:
-    """Sign and magnitude to two's complement, or back: invert the lower bits of negatives."""
-    width = bits.type.width
-    sign = builder.ashr(bits, ir.Constant(bits.type, width - 1))
-    return builder.xor(bits, builder.and_(sign, ir.Constant(bits.type, 2 ** (width - 1) - 1)))
-
-
-@intrinsic
-def ordered(typingctx: Any, value: Any) -> Any:
-    """An integer image of a float with the same order; NaN lies beyond the infinities."""
-    integer = _FORMAT[value][0]
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _flip(builder, builder.bitcast(args[0], context.get_value_type(integer)))
-
-    return integer(value), codegen
-
-
-@intrinsic
-def from_ordered(typingctx: Any, image: Any) -> Any:
-    """The float whose `ordered` image this is."""
-    number = _FLOAT[image]
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(_flip(builder, args[0]), context.get_value_type(number))
-
-    return number(image), codegen
 
 
 @intrinsic
