@@ -50,14 +50,20 @@ def block_max(x: Any, begin: int, end: int) -> Any:
 
 @summing_kernel
 def block_sum_exp(x: Any, begin: int, end: int, shift: Any, exps: Any, out: int) -> float:
-    """Sum of exp(x - shift) over x[begin:end], which are kept if wanted."""
-    total = cast(0, shift)
+    """Sum of exp(x - shift) <= 1 over x[begin:end], which are kept if wanted.
+
+    A sum that has 1 in it loses digits of each number added. So it only says how many ones there
+    are, most often a single one, and the others have a sum of their own.
+    """
+    one = cast(1, shift)
+    total = rest = cast(0, shift)
     for i in range(end - begin):
         e = exp(load(x, begin + i) - shift)
         if exps is not None:
             store(exps, out + i, e)
         total += e
-    return np.float64(total)
+        rest += e if e < one else cast(0, shift)
+    return np.rint(np.float64(total) - np.float64(rest)) + np.float64(rest)
 
 
 @kernel

@@ -18,8 +18,8 @@ from .reduction import sum_all
 from .softmax import chosen_coefficients, chosen_gradient, chosen_loss
 from .vector_math import cast, exp, log
 
-# Classes summed in the compute dtype before the sum moves to float64.
-BLOCK = 16
+# Classes that are summed in the compute dtype.
+FEW = 4
 
 
 @kernel
@@ -63,23 +63,27 @@ def column_sums(
     tile: Any, at: int, pitch: int, count: int, classes: int, tops: Any, sums: Any,
     totals: Any, dots: Any, t: int, smooth: Any,
 ) -> None:  # fmt: skip
-    """totals = sum of exp(x - top), put in place of x; dots = sum of smooth_c (x - top)."""
-    for j in range(count):
-        store(totals, t + j, 0.0)
-        if smooth is not None:
-            store(dots, t + j, 0.0)
-    for begin in range(0, classes, BLOCK):
+    """totals = sum of exp(x - top), put in place of x; dots = sum of smooth_c (x - top).
+
+    A FEW classes are added in the compute dtype, then in float64, in a loop of its own, lest it
+    halve the vectors of the exponentials.
+    """
+    if smooth is not None:
         for j in range(count):
-            store(sums, t + j, cast(0, load(tops, t + j)))
-        for c in range(begin, min(begin + BLOCK, classes)):
+            store(dots, t + j, 0.0)
+        for c in range(classes):
+            factor = np.float64(load(smooth, c))
             for j in range(count):
                 v = load(tile, at + c * pitch + j) - load(tops, t + j)
-                if smooth is not None:
-                    dot = np.float64(load(smooth, c)) * np.float64(v)
-                    store(dots, t + j, load(dots, t + j) + dot)
-                e = exp(v)
+                store(dots, t + j, load(dots, t + j) + factor * np.float64(v))
+    for j in range(count):
+        store(totals, t + j, 0.0)
+    for begin in range(0, classes, FEW):
+        for c in range(begin, min(begin + FEW, classes)):
+            for j in range(count):
+                e = exp(load(tile, at + c * pitch + j) - load(tops, t + j))
                 store(tile, at + c * pitch + j, e)
-                store(sums, t + j, load(sums, t + j) + e)
+                store(sums, t + j, load(sums, t + j) + e if c > begin else e)
         for j in range(count):
             store(totals, t + j, load(totals, t + j) + np.float64(load(sums, t + j)))
 
