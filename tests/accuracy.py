@@ -80,18 +80,23 @@ def _loss_samples(operation: str, dtype: torch.dtype) -> Samples:
         if tensors[0].numel() < 600:
             continue
         for reduction in REDUCTIONS:
-            found = []
-            for module in (fastopt.nn.functional, F):
-                input = tensors[0].detach().requires_grad_()
-                function = getattr(module, operation)
-                with fastopt.use_backend(BACKEND):
-                    loss = function(input, *tensors[1:], reduction=reduction, **case.options)
-                upstream = torch.ones_like(loss)
-                found.append((loss.detach(), torch.autograd.grad(loss, input, upstream)[0]))
-            exact = oracle.loss(operation, tensors, reduction, upstream, **case.options)
-            kind = "loss, elementwise" if reduction == "none" else "loss, mean and sum"
-            yield kind, exact[0], found[0][0], found[1][0]
-            yield "gradient", exact[1], found[0][1], found[1][1]
+            yield from loss_sample(operation, tensors, reduction, **case.options)
+
+
+def loss_sample(
+    operation: str, tensors: tuple[Tensor, ...], reduction: str, **options: Any
+) -> Samples:
+    found = []
+    for module in (fastopt.nn.functional, F):
+        input = tensors[0].detach().requires_grad_()
+        with fastopt.use_backend(BACKEND):
+            loss = getattr(module, operation)(input, *tensors[1:], reduction=reduction, **options)
+        upstream = torch.ones_like(loss)
+        found.append((loss.detach(), torch.autograd.grad(loss, input, upstream)[0]))
+    exact = oracle.loss(operation, tensors, reduction, upstream, **options)
+    kind = "loss, elementwise" if reduction == "none" else "loss, mean and sum"
+    yield kind, exact[0], found[0][0], found[1][0]
+    yield "gradient", exact[1], found[0][1], found[1][1]
 
 
 def _step_samples(operation: str, dtype: torch.dtype) -> Samples:

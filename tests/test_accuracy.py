@@ -7,7 +7,7 @@ import math
 import oracle
 import pytest
 import torch
-from accuracy import OPERATIONS, measure
+from accuracy import OPERATIONS, Errors, loss_sample, measure
 from cases import FLOATS, INTERPRETED
 
 pytestmark = [
@@ -26,3 +26,22 @@ def test_error_is_no_larger_than_torchs(operation: str, dtype: torch.dtype) -> N
         # Root mean squares of n random numbers each: their ratio is off by 1 / sqrt(n).
         chance = 4 / math.sqrt(errors.numbers)
         assert ours <= torchs * (1 + chance), f"{quantity}: {ours:.4f} eps, torch's {torchs:.4f}"
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("scale", [0.5, 3.0, 8.0])
+@pytest.mark.parametrize(
+    "classes", [2, 3, 7, 10, 16, 20, 33, 64, 79, 80, 127, 128, 300, 2047, 5001]
+)
+def test_any_number_of_classes(classes: int, scale: float, dtype: torch.dtype) -> None:
+    """Rows and planes, each by itself: one's error can't hide behind the others'."""
+    rows = 40_000 // classes + 100
+    target = torch.randint(classes, (rows,))
+    input = (torch.randn(rows, classes) * scale).to(dtype)
+    for tensors in ((input, target), (input.t().contiguous()[None], target[None])):
+        errors = Errors()
+        for quantity, *sample in loss_sample("cross_entropy", tensors, "none"):
+            if quantity == "gradient":
+                errors.add(*sample)
+        ours, torchs = errors.roots()
+        assert ours <= torchs * (1 + 4 / math.sqrt(rows)), f"{ours:.4f} eps, torch's {torchs:.4f}"
