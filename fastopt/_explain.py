@@ -43,6 +43,8 @@ def explain(subject: Any, /, *args: Any, **kwargs: Any) -> Explanation:
         >>> print(fastopt.explain(optimizer))
     """
     if isinstance(subject, PlannedStep):
+        if args or kwargs:
+            raise TypeError("an optimizer is explained by itself, without further arguments")
         return Explanation(subject._decisions())
     if isinstance(subject, LossModule):
         kwargs, subject = {**subject._options(), **kwargs}, type(subject)._function

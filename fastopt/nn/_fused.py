@@ -82,9 +82,21 @@ class _FusedLoss(torch.autograd.Function):
             if number is not None:
                 ctx.habit.note(number)
             if grads is None or number != ctx.options.grad_output:
-                given = (ctx.saved_tensors, grads, ctx.kept, grad_output)
+                saved = ctx.saved_tensors  # once: activation checkpointing unpacks a tensor once
+                if any(t is not None and is_released(t) for t in saved):
+                    raise RuntimeError(
+                        "the memory of a tensor that a loss was computed from has been released, "
+                        "and its gradient for this grad_output is computed from it"
+                    )
+                given = (saved, grads, ctx.kept, grad_output)
                 grads = ctx.backend.backward(ctx.options, *given, needs)
         return (None, None, None, *grads)
+
+
+def is_released(t: Tensor) -> bool:
+    """Whether a tensor with elements has no memory: its storage was resized to 0, most often."""
+    null = t.data_ptr() == t.itemsize * t.storage_offset()
+    return null and t.numel() > 0 and not t.is_meta
 
 
 def _is_followed(grad_output: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, ParamSpec
 
@@ -15,7 +16,7 @@ from .. import dispatch
 from ..dispatch import Decision, Request
 from ..errors import BackendUnavailable
 from ..kernels import hyper
-from ._fused import Habit, evaluate
+from ._fused import Habit, evaluate, is_released
 
 # Names of their own, for what the smallest calls have to ask.
 is_compiling, tracing_state = torch.compiler.is_compiling, torch._C._get_tracing_state
@@ -63,7 +64,7 @@ def prepare(
     assert input is not None
     given = [t for t in tensors if t is not None]
     _add_circumstances(given, special)
-    if reduction not in REDUCTIONS:
+    if not (isinstance(reduction, str) and reduction in REDUCTIONS):
         special.append(f"reduction={reduction!r}")
     device = input.device
     dtypes = tuple([t.dtype for t in given])
@@ -88,7 +89,7 @@ def autocasts(device: torch.device) -> bool:
 
 def _add_circumstances(tensors: list[Tensor], special: list[str]) -> None:
     """Note what only torch itself can follow, in the tensors and around the call."""
-    device = tensors[0].device
+    device, ambience = tensors[0].device, _ambience()
     for t in tensors:
         if type(t) not in _PLAIN:
             special.append(f"a tensor of type {type(t).__name__}")
@@ -96,9 +97,16 @@ def _add_circumstances(tensors: list[Tensor], special: list[str]) -> None:
             special.append(f"layout={t.layout}")
         elif t.is_neg():
             special.append("a lazily negated tensor")
+        elif t._is_zerotensor():
+            special.append("a tensor of zeros without memory")
+        elif not ambience and is_released(t):  # under a transform tensors have no address
+            raise RuntimeError(  # some of torch's own code would end the process
+                f"a tensor of size {tuple(t.shape)} has no memory; its storage has "
+                f"{t.untyped_storage().nbytes()} bytes"
+            )
         if t.device != device:
             special.append("tensors on different devices")
-    special += _ambience()
+    special += ambience
 
 
 def _ambience() -> list[str]:
@@ -195,11 +203,13 @@ def _key(names: Any, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
         names: of those arguments that were given by name, the last ones.
         values: all arguments.
     """
+    if _ambience():
+        return None
     key: list[Any] = [dispatch.insisted(), *names]
     for value in values:
         kind = type(value)
         if kind in _PLAIN:
-            if value.layout is not torch.strided or value.is_neg():
+            if value.layout is not torch.strided or value.is_neg() or is_released(value):
                 return None
             device = value.device
             key += (value.shape, value.stride(), value.dtype, device, value.requires_grad)
@@ -208,7 +218,7 @@ def _key(names: Any, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
             key += (kind, value)
         else:
             return None
-    return None if _ambience() else tuple(key)
+    return tuple(key)
 
 
 def loss_function(
@@ -227,6 +237,7 @@ def loss_function(
 
     def decorate(documented: Callable[P, None]) -> Callable[P, Tensor]:
         analyse.__qualname__ = documented.__name__  # for Python's errors about arguments
+        unseen = _unseen(analyse)
         is_small, surely = dispatch.is_small(documented.__name__)
         memory = _Memory()
 
@@ -245,7 +256,7 @@ def loss_function(
             key = _key(kwargs, values)
             settled = memory.find(key)
             if settled is None:
-                call = analyse(*args, **kwargs)
+                call = unseen(*args, **kwargs)
                 if call is None:
                     if (tracer := _tracer(*values)) is not None:
                         node: Tensor = tracer.create_proxy("call_function", function, args, kwargs)
@@ -260,16 +271,30 @@ def loss_function(
             return fallback(*args, **kwargs) if loss is None else loss
 
         def decide(*args: P.args, **kwargs: P.kwargs) -> Decision:
-            call = analyse(*args, **kwargs)
+            call = unseen(*args, **kwargs)
             if call is None:
                 raise TypeError("there is nothing to explain: arguments must be tensors")
             decision = dispatch.choose(call.request)
             return dispatch.describe(decision, "describe", call.options, call.tensors)
 
         function.decide = decide  # type: ignore[attr-defined]
+        # torch.jit.script would compile the body, a docstring
+        function.__prepare_scriptable__ = lambda: torchs  # type: ignore[attr-defined]
+        signature = inspect.signature(documented)
+        function.__signature__ = signature.replace(return_annotation=Tensor)  # type: ignore[attr-defined]
         return function
 
     return decorate
+
+
+def _unseen(analyse: Callable[..., Call | None]) -> Callable[..., Call | None]:
+    """The analysis, of which no override of torch's functions gets to see what it asks tensors."""
+
+    def analysis(*args: Any, **kwargs: Any) -> Call | None:
+        with torch._C.DisableTorchFunction():
+            return analyse(*args, **kwargs)
+
+    return analysis
 
 
 def _tracer(*arguments: object) -> Any:

@@ -189,6 +189,8 @@ def _kind(
     special = list(group_special)
     if group.get("capturable") and param.device.type == "cpu":
         special.append("capturable=True on the CPU")
+    if torch.is_inference_mode_enabled() or param.is_inference():
+        special.append("inference mode")  # whose tensors torch keeps from changing outside of it
     special += shard_specials("gradient", grad, param)
     whole, param, grad = param, local(param), local(grad)
     special += _layout_specials(param, grad)
@@ -205,6 +207,8 @@ def _kind(
             dtype = param.dtype
         elif not isinstance(value, Tensor) or type(local(value)) is not Tensor:
             special.append(f"state {name!r} of type {type(value).__name__}")
+        elif value.is_inference():
+            special.append(f"state {name!r} made in inference mode")
         elif value.device != param.device:
             special.append(f"state {name!r} of another device than the parameter's")
         elif unlike := shard_specials(f"state {name!r}", value, whole):

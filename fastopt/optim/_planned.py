@@ -111,6 +111,11 @@ class PlannedStep(Optimizer):
             plan = self._plan = StepPlan(self)
         # Left here by a GradScaler, if fused=True.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if grad_scale is not None or found_inf is not None:
+            if "fused" not in self.defaults:  # such a one of torch's doesn't look
+                grad_scale = found_inf = None
+            elif not all(group.get("fused") for group in self.param_groups):
+                raise AssertionError("Expected grad_scale and found_inf to be None")  # as torch's
 
         def by_reference(params: list[Tensor]) -> None:
             with self._unscaled(params, grad_scale):

@@ -1,0 +1,180 @@
+"""What few people do, and what must end as it does with torch: neither in a crash nor silently."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as theirs
+from torch import Tensor
+from torch.nn import Parameter
+
+import fastopt
+import fastopt.nn.functional as ours
+
+each_loss = pytest.mark.parametrize("name", ours.__all__)
+each_optimizer = pytest.mark.parametrize("name", fastopt.optim.__all__)
+
+
+def arguments(name: str, rows: int = 600) -> tuple[Tensor, Tensor]:
+    """Of a size at which a kernel serves, if there are many rows."""
+    input = torch.randn(rows, 1000, requires_grad=True)
+    if name == "cross_entropy":
+        return input, torch.randint(1000, (rows,))
+    return input, torch.randn(rows, 1000)
+
+
+def error_of(call: Callable[..., object], *args: Any, **kwargs: Any) -> tuple[type, str]:
+    with pytest.raises((RuntimeError, TypeError, ValueError, AssertionError)) as caught:
+        call(*args, **kwargs)
+    return caught.type, str(caught.value)
+
+
+# -- losses ------------------------------------------------------------------------------
+
+
+@each_loss
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_memory_released_before_a_loss(name: str, place: int, offset: int) -> None:
+    """As FSDP does; torch's own mean squared error reads at that address and ends the process."""
+    tensors = [t[offset:] for t in arguments(name)]
+    expected = getattr(theirs, name)(*tensors)
+    torch.testing.assert_close(getattr(ours, name)(*tensors), expected)
+    tensors[place] = released = tensors[place].detach()
+    released.untyped_storage().resize_(0)
+    for insisted in (nullcontext(), fastopt.use_backend("numba")):
+        with insisted, pytest.raises(RuntimeError, match=r"has no memory; its storage has 0 bytes"):
+            getattr(ours, name)(*tensors)
+
+
+@each_loss
+def test_memory_released_before_a_backward_pass(name: str) -> None:
+    outcomes = []
+    for scale in (1.0, 2.0):
+        input, target = arguments(name)
+        with fastopt.use_backend("numba"):
+            loss = getattr(ours, name)(input, target)
+        input.untyped_storage().resize_(0)
+        outcomes.append((loss * scale, input))
+    outcomes[0][0].backward()  # the gradient is there already
+    assert outcomes[0][1].grad.isfinite().all()
+    with pytest.raises(RuntimeError, match="has been released"):
+        outcomes[1][0].backward()
+
+
+@each_loss
+@pytest.mark.parametrize("rows", [2, 600])
+def test_scripted(name: str, rows: int) -> None:
+    """The functions themselves and what calls them, as torch's."""
+
+    def of_labels(input: Tensor, target: Tensor) -> Tensor:
+        return ours.cross_entropy(input, target) + 1
+
+    def of_numbers(input: Tensor, target: Tensor) -> Tensor:
+        return ours.mse_loss(input, target) + ours.l1_loss(input, target)
+
+    class Module(torch.nn.Module):
+        def forward(self, input: Tensor, target: Tensor) -> Tensor:
+            return ours.mse_loss(input, target)
+
+    tensors = arguments(name, rows)
+    candidates: list[Any] = [getattr(ours, name)]
+    candidates += [of_labels] if name == "cross_entropy" else [of_numbers, Module()]
+    for candidate in candidates:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)
+            scripted = torch.jit.script(candidate)
+        torch.testing.assert_close(scripted(*tensors), candidate(*tensors))
+
+
+class Handled(Tensor):
+    """It knows losses alone, and says so of everything else."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *rest: Any) -> Any:
+        return "handled" if getattr(function, "__name__", "") in ours.__all__ else NotImplemented
+
+
+@each_loss
+@pytest.mark.parametrize("rows", [2, 600])
+@pytest.mark.parametrize("place", [0, 1])
+def test_override_of_the_losses_alone(name: str, rows: int, place: int) -> None:
+    tensors = list(arguments(name, rows))
+    tensors[place] = tensors[place].detach().as_subclass(Handled)
+    assert getattr(theirs, name)(*tensors) == getattr(ours, name)(*tensors) == "handled"
+    kind = {"cross_entropy": "CrossEntropyLoss", "mse_loss": "MSELoss", "l1_loss": "L1Loss"}[name]
+    assert getattr(fastopt.nn, kind)()(*tensors) == "handled"
+    assert "a tensor of type Handled" in str(fastopt.explain(getattr(ours, name), *tensors))
+    with fastopt.use_backend("numba"), pytest.raises(fastopt.BackendUnavailable, match="Handled"):
+        getattr(ours, name)(*tensors)
+
+
+@each_loss
+@pytest.mark.parametrize("rows", [2, 600])
+@pytest.mark.parametrize("reduction", [["mean"], 3, "men", ("sum",)], ids=str)
+def test_reduction_of_another_kind(name: str, rows: int, reduction: object) -> None:
+    tensors = arguments(name, rows)
+    expected = error_of(getattr(theirs, name), *tensors, reduction=reduction)
+    assert error_of(getattr(ours, name), *tensors, reduction=reduction) == expected
+
+
+@each_loss
+def test_signature(name: str) -> None:
+    mine, torchs = (inspect.signature(getattr(module, name)) for module in (ours, theirs))
+    assert list(mine.parameters) == list(torchs.parameters)
+    defaults = [{k: p.default for k, p in s.parameters.items()} for s in (mine, torchs)]
+    assert defaults[0] == defaults[1]
+    assert mine.return_annotation is torchs.return_annotation is Tensor
+
+
+# -- optimizers --------------------------------------------------------------------------
+
+
+@each_optimizer
+@pytest.mark.parametrize("where", ["parameter", "state"])
+def test_inference_tensors(name: str, where: str) -> None:
+    """They may be changed in inference mode only, and are left as they are elsewhere."""
+    options = {"momentum": 0.9} if name == "SGD" else {}
+    outcomes = []
+    for module in (fastopt.optim, torch.optim):
+        with torch.inference_mode(where == "parameter"):
+            param = Parameter(torch.ones(70))
+        param.grad = torch.arange(70.0)
+        optimizer = getattr(module, name)([param], lr=0.1, **options)
+        with torch.inference_mode():
+            optimizer.step()
+        before = param.detach().clone()
+        error = error_of(optimizer.step)
+        assert where == "state" or torch.equal(param.detach(), before)
+        outcomes.append((error, before))
+    (error, value), (expected, torchs) = outcomes
+    assert error == expected
+    torch.testing.assert_close(value, torchs)
+
+
+@each_optimizer
+def test_scale_left_for_a_step_that_is_not_fused(name: str) -> None:
+    outcomes = []
+    for module in (fastopt.optim, torch.optim):
+        param = Parameter(torch.ones(70))
+        param.grad = torch.ones(70)
+        optimizer = getattr(module, name)([param], lr=0.1)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+        try:
+            optimizer.step()
+            outcomes.append(None)
+        except AssertionError as error:
+            outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_an_optimizer_is_explained_by_itself() -> None:
+    optimizer = fastopt.optim.SGD([torch.zeros(3)])
+    with pytest.raises(TypeError, match="by itself"):
+        fastopt.explain(optimizer, torch.zeros(3))
