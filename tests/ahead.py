@@ -120,6 +120,7 @@ class Code:
         threads: of a program.
         shared: bytes of shared memory that a program takes.
         constants: its compile-time arguments.
+        options: what Triton was told.
     """
 
     def __init__(self, machine: Machine, built: Any, constants: dict[str, Any]) -> None:
@@ -129,6 +130,7 @@ class Code:
         self.threads: int = built.metadata.num_warps * machine.hardware.warp
         self.shared: int = built.metadata.shared
         self.constants = constants
+        self.options = built.metadata
         self._cubin: bytes = b"" if machine.amd else built.asm["cubin"]
 
     def __repr__(self) -> str:

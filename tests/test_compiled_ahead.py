@@ -45,9 +45,17 @@ from ahead_cases import (
 
 from fastopt.kernels import hyper
 from fastopt.kernels.layout import ClassAxis
+from fastopt.kernels.triton.compiler import OPTIONS
 from fastopt.kernels.triton.cross_entropy import tiling
 
 # -- registers, arithmetic, determinism -----------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES[::5], ids=str)
+def test_options_are_told(case: Case) -> None:
+    """Versions of Triton differ in their defaults."""
+    for code in compiled(case):
+        assert {name: getattr(code.options, name) for name in OPTIONS} == OPTIONS
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
