@@ -129,8 +129,20 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "processor": platform.machine(),
+        "model": model(),
+        "system": platform.system(),
+        "python": platform.python_version(),
         "commit": commit(),
     }
+
+
+def model() -> str:
+    """The processor's name, which Python itself knows on some systems only."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
 
 
 def main() -> int:

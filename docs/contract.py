@@ -51,14 +51,22 @@ reason why the call is torch's. `fastopt.explain` says the same of a call of you
 TAIL = """\
 ## Where fastopt differs from torch, on purpose
 
+Of losses, where a kernel serves; small ones are torch's in every respect:
+
 - **Ignored positions** of a cross-entropy get a gradient of exactly 0 even where their logits are
   NaN or infinite (torch: NaN), because their logits are never read.
 - **Class weights that add up to exactly 0** make the mean of a cross-entropy NaN; torch's may be
   infinite.
 - **A class index out of range** gives torch's `IndexError` with more words: where it is, and what
   would be right. On a GPU it is a device assert, as torch's.
-- **Logits changed in place** between forward and a scaled backward raise torch's "modified by an
-  inplace operation", because the logits themselves are kept; torch keeps a copy of their softmax.
+- **Inputs changed in place** between forward and backward raise torch's "modified by an inplace
+  operation" wherever backward has to compute the gradient
+  ([when that is](losses.md#what-is-fused)), because the logits themselves are kept; torch keeps a
+  copy of their softmax. Elsewhere nothing raises, and the gradient is that of the inputs as they
+  were; torch raises for the target. Memory released in between raises likewise.
+
+Of optimizers:
+
 - **foreach=True and fused=True** are met by the one compiled step. They stay in the groups and in
   checkpoints as given.
 - **A GradScaler with fused=True** has its scale taken out in the kernel; `p.grad` keeps it.
@@ -70,6 +78,10 @@ TAIL = """\
   was to update; torch has updated the groups before it.
 - **States and gradients of other dtypes** than the parameter's (float32 states of a bfloat16
   parameter, say) are computed with, where torch refuses some of them.
+Of both:
+
+- **Inside torch.compile and torch.jit.trace** torch's own code becomes part of the graph, whatever
+  `use_backend` insists on.
 - **Precision**: bfloat16 and float16 are computed in float32 and rounded once, so results are
   closer to the exact ones than torch's ([how close](accuracy.md)) and now and then finite where
   torch's overflow.

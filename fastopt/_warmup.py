@@ -52,6 +52,7 @@ def jobs(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
 def _loss(module: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
     def call() -> None:
         module(x.requires_grad_(), y).backward()
+        (module(x, y) * 0.5).backward()  # where the backward pass computes the gradient
         with torch.no_grad():
             module(x, y)
 

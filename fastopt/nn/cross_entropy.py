@@ -167,9 +167,9 @@ def cross_entropy(
 
     Reference: :func:`torch.nn.functional.cross_entropy`. It differs in two cases. Where the
     logits are changed in place between the forward and the backward pass, backward raises (on
-    the CPU unless it is scaled as expected: not at all, or as the two before), because the
-    logits themselves are kept for it, not a copy of their softmax. And the gradient to an
-    ignored position is 0 even where its logits are NaN or infinite.
+    the CPU unless it is scaled as expected: not at all, or as the two before; and always for
+    "none"), because the logits themselves are kept for it, not a copy of their softmax. And the
+    gradient to an ignored position is 0 even where its logits are NaN or infinite.
     """
 
 

@@ -63,7 +63,8 @@ def block_sum_exp(x: Any, begin: int, end: int, shift: Any, exps: Any, out: int)
             store(exps, out + i, e)
         total += e
         rest += e if e < one else cast(0, shift)
-    return np.rint(np.float64(total) - np.float64(rest)) + np.float64(rest)
+    ones: float = np.rint(np.float64(total) - np.float64(rest))
+    return ones + np.float64(rest)
 
 
 @kernel
