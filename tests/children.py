@@ -98,8 +98,8 @@ def results(
             loss = getattr(functional, name)(input, tensor(LENGTH))
             loss.backward()
             found += [loss, input.grad]
-        # Classes side by side, few of them, and classes on an axis in the middle.
-        for shape in ((1400, 101), (14_003, 10), (70, 21, 101)):
+        # Classes side by side, few of them, and on an axis in the middle of few or many positions.
+        for shape in ((1400, 101), (14_003, 10), (70, 21, 101), (1, 5, 70_001)):
             input = tensor(*shape).requires_grad_()
             labels = rng.integers(0, shape[1], (shape[0], *shape[2:]))
             loss = functional.cross_entropy(input, torch.from_numpy(labels), label_smoothing=0.1)

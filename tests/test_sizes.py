@@ -211,7 +211,7 @@ def test_millions_of_elements(operation: str) -> None:
 
 
 @compiled_cpu
-@pytest.mark.parametrize("shape", [(300_007, 10), (37, 81_083), (3, 10, 100_003)])
+@pytest.mark.parametrize("shape", [(300_007, 10), (37, 81_083), (3, 10, 100_003), (2, 150, 9_001)])
 def test_millions_of_logits(shape: tuple[int, ...]) -> None:
     check(cross_entropy("millions", shape), torch.float32)
 

@@ -36,10 +36,11 @@ from .threads import Launcher, parts_for
 LONG_ROW = {2: 128, 4: 80, 8: 48}
 # Fewer rows than this share their threads, if they are long.
 FEW_ROWS = 16
-# Positions in a tile: SIDE_BY_SIDE ones are copied as they are, APART ones turned, which wants
+# Positions in a tile: up to WIDE if they lie side by side and leave enough tiles to share (how
+# many is a matter of the sizes alone, not of the threads); APART if they are turned, which wants
 # all their cache lines at hand; FEW where a tile would not fit a core's L2 cache.
-SIDE_BY_SIDE, APART, FEW = 256, 64, 16
-L1_BYTES, L2_BYTES = 24_576, 1 << 19
+WIDE, APART, FEW = 1024, 64, 16
+TILES, TILE_BYTES, L2_BYTES = 64, 3 << 16, 1 << 19
 GRAIN = 16_384
 
 
@@ -205,8 +206,9 @@ def _run(
 def _tile(x: ClassAxis, size: int) -> tuple[int, int]:
     """How many positions a tile has, and how far apart its classes are."""
     width, position = APART, x.classes * size
-    if x.inner_stride == 1 and position * SIDE_BY_SIDE <= L1_BYTES:
-        width = SIDE_BY_SIDE
+    if x.inner_stride == 1:
+        widest = min(WIDE, TILE_BYTES // position, x.outer * x.inner // TILES)
+        width = max(widest // APART * APART, APART)
     if position * width > L2_BYTES:
         width = FEW
     width = max(min(width, x.inner), 1)
