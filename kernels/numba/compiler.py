@@ -137,11 +137,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def pointer(dtype: str, slot: int, compute: str = "float32") -> Pointer:
+def pointer(dtype: str, slot: int, compute: str = "float32", fixed: bool = False) -> Pointer:
     """The pointer type of a tensor's elements, e.g. ``pointer("bfloat16", 0)``."""
     if dtype in ("int64", "uint8"):
         compute = "int64"
-    return Pointer(dtype, getattr(types, compute), slot)
+    return Pointer(dtype, getattr(types, compute), slot, fixed)
 
 
 # -- the disk cache ------------------------------------------------------------------

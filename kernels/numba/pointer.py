@@ -39,14 +39,17 @@ class Pointer(types.Type):
         element: name of the dtype in memory, a key of the table above.
         compute: numba type that `load` yields and `store` takes.
         slot: number of the alias scope, below SLOTS; different slots never overlap.
+        fixed: whether there is one element alone, which every index means.
     """
 
-    def __init__(self, element: str, compute: types.Type, slot: int) -> None:
+    def __init__(self, element: str, compute: types.Type, slot: int, fixed: bool = False) -> None:
         assert 0 <= slot < SLOTS
         self.element = element
         self.compute = compute
         self.slot = slot
-        super().__init__(f"Pointer({element}, {compute}, {slot})")
+        self.fixed = fixed
+        words = f"{element}, {compute}, {slot}" + (", fixed" if fixed else "")
+        super().__init__(f"Pointer({words})")
 
 
 class Rows(types.Type):
@@ -59,14 +62,14 @@ class Rows(types.Type):
 
 @register_model(Pointer)
 @register_model(Rows)
-class _AddressModel(models.PrimitiveModel):
+class AddressModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: types.Type) -> None:
         super().__init__(dmm, fe_type, _BYTE.as_pointer())
 
 
 @unbox(Pointer)
 @unbox(Rows)
-def _unbox_address(typ: types.Type, obj: Any, c: Any) -> NativeValue:
+def unbox_address(typ: types.Type, obj: Any, c: Any) -> NativeValue:
     # long_as_voidptr raises OverflowError/TypeError by itself for anything but an address.
     return NativeValue(
         c.pyapi.long_as_voidptr(obj),
@@ -76,7 +79,7 @@ def _unbox_address(typ: types.Type, obj: Any, c: Any) -> NativeValue:
 
 def _element_pointer(builder: Any, pointer: Any, typ: Pointer, index: Any) -> Any:
     base = builder.bitcast(pointer, _IR[typ.element].as_pointer())
-    return builder.gep(base, [index])
+    return base if typ.fixed else builder.gep(base, [index])
 
 
 def _many(typ: Any, width: int) -> Any:
@@ -301,6 +304,67 @@ def store_each(typingctx: Any, pointers: Any, index: Any, values: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(pointers, types.intp, values), codegen
+
+
+@intrinsic
+def load_each_or_one(typingctx: Any, pointers: Any, index: Any, like: Any) -> Any:
+    """The tuple of ``load(p, index)`` for each p of a tuple; for None a 1 of the type of `like`."""
+    results = [p.compute if isinstance(p, Pointer) else like for p in pointers]
+    result = types.Tuple(results)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        values = [
+            _emit_load(builder, p, builder.extract_value(args[0], k), args[1])
+            if isinstance(p, Pointer)
+            else context.get_constant(like, 1)
+            for k, p in enumerate(pointers)
+        ]
+        return context.make_tuple(builder, result, values)
+
+    return result(pointers, types.intp, like), codegen
+
+
+@intrinsic
+def store_products(typingctx: Any, pointers: Any, index: Any, values: Any, factor: Any) -> Any:
+    """``store(p, index, factor * value)`` for each pair of two tuples; None is skipped."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        for k, p in enumerate(pointers):
+            if isinstance(p, Pointer):
+                value = context.cast(builder, builder.extract_value(args[2], k), values[k], factor)
+                product = builder.fmul(value, args[3])
+                _emit_store(builder, p, builder.extract_value(args[0], k), args[1], product)
+        return context.get_dummy_value()
+
+    return types.void(pointers, types.intp, values, factor), codegen
+
+
+@intrinsic
+def moved(typingctx: Any, pointers: Any, steps: Any, first: Any, second: Any) -> Any:
+    """Pointers like `pointers`, each further by first and second times its two steps.
+
+    steps: the address of two int64 for each pointer.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        values = []
+        for k, p in enumerate(pointers):
+            pointer = builder.extract_value(args[0], k)
+            if isinstance(p, Pointer):
+                ways = [
+                    builder.mul(
+                        _emit_load(builder, steps, args[1], ir.Constant(ir.IntType(64), 2 * k + j)),
+                        args[2 + j],
+                    )
+                    for j in range(2)
+                ]
+                base = builder.bitcast(pointer, _IR[p.element].as_pointer())
+                pointer = builder.gep(base, [builder.add(*ways)])
+                pointer = builder.bitcast(pointer, _BYTE.as_pointer())
+            values.append(pointer)
+        return context.make_tuple(builder, pointers, values)
+
+    return pointers(pointers, steps, types.intp, types.intp), codegen
 
 
 @intrinsic

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from .compiler import compute_dtype, device_function, kernel, launch
+from .compiler import as_number, compute_dtype, device_function, kernel, launch, number
 from .vector_math import quotient
 
 BLOCK = 2048
@@ -30,7 +30,7 @@ def finish(partials, count, masses, mass_count, divisor, loss, BLOCK: tl.constex
         # of nothing the mean is NaN, even where label smoothing has left a loss
         total = tl.where(whole != 0.0, quotient(total, whole), float("nan"))
     elif divisor is not None:
-        total = quotient(total, tl.cast(divisor, total.dtype))
+        total = quotient(total, as_number(divisor, total.dtype))
     tl.store(loss, total)
 
 
@@ -38,14 +38,14 @@ def reduce(
     partials: torch.Tensor,
     dtype: torch.dtype,
     masses: torch.Tensor | None = None,
-    divisor: int | None = None,
+    divisor: float | None = None,
 ) -> torch.Tensor:
     """A 0-d tensor: the sum of partials over that of masses, or over divisor, or as it is."""
     loss = torch.empty((), dtype=dtype, device=partials.device)
     mass_count = 0 if masses is None else masses.numel()
     launch(
         finish, (1,), partials.device, 512, partials, partials.numel(), masses, mass_count,
-        divisor, loss, BLOCK=BLOCK,
+        None if divisor is None else number(divisor, partials.dtype), loss, BLOCK=BLOCK,
     )  # fmt: skip
     return loss
 

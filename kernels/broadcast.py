@@ -1,0 +1,98 @@
+"""How a flat loop walks over operands of any layout that are broadcast against each other."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from .layout import is_dense, same_layout
+
+__all__ = ["Walk", "walk"]
+
+Tensors = tuple[torch.Tensor | None, ...]
+
+
+class Walk(NamedTuple):
+    """The order in which a loop visits all places of the operands, and where they have them.
+
+    The places are a block of `inner` side by side for each of `first` times `second`. A result of
+    `shape` is contiguous in that order; where `flat`, it lies in memory as the first operand.
+
+    Attributes:
+        shape: of the operands broadcast against each other.
+        flat: whether all operands lie in memory alike, or are single numbers.
+        first, second, inner: the numbers of places.
+        steps: of each operand, the elements from one place to the next: of the first kind, of
+            the second kind, and side by side (0 or 1).
+    """
+
+    shape: tuple[int, ...]
+    flat: bool
+    first: int
+    second: int
+    inner: int
+    steps: tuple[tuple[int, int, int], ...]
+
+    @property
+    def count(self) -> int:
+        return self.first * self.second * self.inner
+
+
+def walk(operands: Tensors) -> tuple[Tensors, Walk]:
+    """The walk over some operands, of which some may have to be copied for it."""
+    given = [t for t in operands if t is not None]
+    shape = tuple(torch.broadcast_shapes(*[t.shape for t in given]))
+    whole = [t for t in given if tuple(t.shape) == shape]
+    if all(t.numel() == 1 or tuple(t.shape) == shape for t in given) and whole:
+        like = whole[0] if is_dense(whole[0]) else whole[0].contiguous()
+        alike = [
+            t if t is None or tuple(t.shape) != shape or same_layout(like, t) else _like(like, t)
+            for t in operands
+        ]
+        count = math.prod(shape)
+        steps = tuple(
+            (0, 0, int(t is not None and (tuple(t.shape) == shape and count > 1))) for t in alike
+        )
+        return tuple(alike), Walk(shape, True, 1, 1, count, steps)
+    for copied in (False, True):
+        tensors = tuple(t.contiguous() if copied and t is not None else t for t in operands)
+        found = _merged(tensors, shape)
+        if found is not None:
+            return tensors, found
+    full = tuple(t if t is None else t.expand(shape).contiguous() for t in operands)
+    return walk(full)
+
+
+def _like(like: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """A copy in the layout of another tensor of the same shape."""
+    return torch.empty_like(like, dtype=t.dtype).copy_(t)
+
+
+def _merged(tensors: Tensors, shape: tuple[int, ...]) -> Walk | None:
+    """The walk in the order of indices, if three dimensions are enough for it."""
+    strides = [None if t is None else t.expand(shape).stride() for t in tensors]
+    given = [s for s in strides if s is not None]
+    sizes: list[int] = []
+    steps: list[list[int]] = []  # for each merged dimension, the step of each given operand
+    for d, size in enumerate(shape):
+        if size == 1:
+            continue
+        here = [s[d] for s in given]
+        if sizes and all(before == size * step for before, step in zip(steps[-1], here, strict=True)):
+            sizes[-1] *= size
+            steps[-1] = here
+        else:
+            sizes.append(size)
+            steps.append(here)
+    if len(sizes) > 3 or any(step not in (0, 1) for step in (steps[-1] if steps else [])):
+        return None
+    missing = 3 - len(sizes)
+    sizes = [1] * missing + sizes
+    steps = [[0] * len(given)] * missing + steps
+    columns = iter(zip(*steps, strict=True))
+    found = tuple(
+        (0, 0, 0) if s is None else (lambda c: (c[0], c[1], c[2]))(next(columns)) for s in strides
+    )
+    return Walk(shape, False, *sizes, found)

@@ -1,0 +1,217 @@
+"""The flat traversal of a loss: any number of operands, and results of their common shape.
+
+One pass reads each operand once and writes whatever is wanted: the values, their sum, the
+gradients. What is not wanted is None, and not compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numba import prange
+from numba.core import types
+
+from ..broadcast import Walk, walk
+from ..elementwise import compute_dtype, divisor_of, empty_grads, empty_like_walk, mass_of, to_operands
+from ..operation import Elementwise, Options
+from . import memory
+from .compiler import dtype_name, kernel, optional_pointer, pointer, region, summing_kernel
+from .pointer import load, load_each_or_one, moved, store, store_products
+from .record import Values, read_record, value_and_slopes
+from .reduction import sum_all
+from .threads import Launcher, parts_for
+from .vector_math import cast
+
+# Elements summed in the compute dtype before the sum moves to float64. Chunks are the
+# same for any number of threads, and so is the result, to the bit.
+CHUNK = 512
+GRAIN = 32_768
+
+Tensors = tuple[torch.Tensor | None, ...]
+
+
+@summing_kernel
+def chunk_sum(
+    record: Any, operands: Any, values: Any, grads: Any, upstream: Any, scale: Any, out: int,
+    begin: int, end: int,
+) -> float:  # fmt: skip
+    """The sum of the values of the elements begin to end; the results' ones are `out` further."""
+    total = cast(0, scale)
+    for i in range(begin, end):
+        found = value_and_slopes(record, *load_each_or_one(operands, i, scale))
+        value = found[0]
+        total += value
+        if values is not None:
+            store(values, out + i, value)
+        factor = scale
+        if upstream is not None:
+            factor = scale * load(upstream, out + i)
+        store_products(grads, out + i, found[1:], factor)
+    return np.float64(total)
+
+
+@kernel
+def flat_part(
+    part: int, parts: int, numbers: Any, operands: Any, steps: Any, values: Any, grads: Any,
+    upstream: Any, sums: Any, scale: Any, first: int, second: int, inner: int, group: int,
+) -> None:  # fmt: skip
+    record = read_record(numbers, scale)
+    each = (inner + CHUNK - 1) // CHUNK
+    chunks = first * second * each
+    groups = (chunks + group - 1) // group
+    for g in range(part * groups // parts, (part + 1) * groups // parts):
+        total = 0.0
+        for chunk in range(g * group, min((g + 1) * group, chunks)):
+            block, begin = chunk // each, chunk % each * CHUNK
+            here = moved(operands, steps, block // second, block % second)
+            total += chunk_sum(
+                record, here, values, grads, upstream, scale, block * inner, begin,
+                min(begin + CHUNK, inner),
+            )  # fmt: skip
+        if sums is not None:
+            store(sums, g, total)
+
+
+@region
+def flat_all(
+    parts: int, numbers: Any, operands: Any, steps: Any, values: Any, grads: Any, upstream: Any,
+    sums: Any, loss: Any, scale: Any, divisor: float, first: int, second: int, inner: int,
+    group: int,
+) -> None:  # fmt: skip
+    """loss = the sum of the values / divisor. sums is scratch memory, a number a group of chunks."""
+    for part in prange(parts):
+        flat_part(
+            part, parts, numbers, operands, steps, values, grads, upstream, sums, scale, first,
+            second, inner, group,
+        )  # fmt: skip
+    if sums is not None:
+        chunks = first * second * ((inner + CHUNK - 1) // CHUNK)
+        store(loss, 0, sum_all(sums, (chunks + group - 1) // group) / divisor)
+
+
+@functools.cache
+def _launcher(
+    operation: type[Elementwise],
+    flags: tuple[bool, ...],
+    operands: tuple[tuple[torch.dtype, bool] | None, ...],
+    values: torch.dtype | None,
+    upstream: torch.dtype | None,
+    loss: torch.dtype | None,
+    *grads: torch.dtype | None,
+) -> Launcher:
+    """operands: dtypes, and whether a block has but one number of it; the others: dtypes."""
+    double = any(operand is not None and operand[0] == torch.float64 for operand in operands)
+    compute = "float64" if double else "float32"
+    slots = itertools.count(1)
+    read = [
+        types.none if d is None else pointer(dtype_name(d[0]), next(slots), compute, d[1])
+        for d in operands
+    ]
+    written = [optional_pointer(d, next(slots), compute) for d in grads]
+    sums = None if loss is None else torch.float64
+    return Launcher(
+        flat_all,
+        Values(operation, flags),
+        types.Tuple(read),
+        pointer("int64", 0),
+        optional_pointer(values, next(slots), compute),
+        types.Tuple(written),
+        optional_pointer(upstream, next(slots), compute),
+        optional_pointer(sums, next(slots), "float64"),
+        optional_pointer(loss, next(slots), "float64"),
+        getattr(types, compute),
+        types.float64,
+        *[types.intp] * 4,
+    )
+
+
+def _run(
+    options: Options,
+    operands: Tensors,
+    place: Walk,
+    divisor: float,
+    scale: float,
+    grads: Tensors = (),
+    values: torch.Tensor | None = None,
+    upstream: torch.Tensor | None = None,
+    loss: torch.Tensor | None = None,
+) -> None:
+    """Launch. The gradients are `scale` times the slopes, and upstream's elements, if given."""
+    record: Any = options.record
+    launch = _launcher(
+        type(record),
+        record.settings,
+        tuple(
+            None if t is None else (t.dtype, step[2] == 0)
+            for t, step in zip(operands, place.steps, strict=True)
+        ),
+        *[None if t is None else t.dtype for t in (values, upstream, loss)],
+        *[None if t is None else t.dtype for t in grads],
+    )
+    numbers = np.array(record.values, np.float64)
+    steps = np.array([step[:2] for step in place.steps], np.int64)
+    chunks = place.first * place.second * -(-place.inner // CHUNK)
+    group = max(1, CHUNK // max(place.inner, 1))
+    sums = None if loss is None else torch.empty(-(-chunks // group), dtype=torch.float64)
+    values_at, upstream_at, sums_at, loss_at = map(_address, (values, upstream, sums, loss))
+    launch(
+        parts_for(place.count, GRAIN), numbers.ctypes.data, tuple(map(_address, operands)),
+        steps.ctypes.data, values_at, tuple(map(_address, grads)), upstream_at, sums_at, loss_at,
+        scale * record.factor, divisor, place.first, place.second, place.inner, group,
+    )  # fmt: skip
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _divisor(options: Options, tensors: Tensors, place: Walk) -> float:
+    mass = mass_of(options, tensors)
+    if mass is not None:
+        total = mass.sum(dtype=compute_dtype(tensors)).item()
+        return math.nan if total == 0 else total
+    divisor = divisor_of(options, tensors, place)
+    assert divisor is not None
+    return divisor
+
+
+def forward(
+    options: Options, tensors: Tensors, needs: tuple[bool, ...]
+) -> tuple[torch.Tensor, Tensors | None, None]:
+    """The loss, and its gradients for the grad_output expected (None where that has no number)."""
+    operands, place = walk(tensors)
+    if options.reduction == "none":
+        values = empty_like_walk(operands, options.dtype, place, memory.empty)
+        _run(options, operands, place, 1.0, 1.0, values=values)
+        return values, None, None
+    divisor = _divisor(options, tensors, place)
+    loss = torch.empty((), dtype=options.dtype, device="cpu")
+    wanted = any(needs)
+    grads = empty_grads(options.record, operands, needs, place, memory.empty) if wanted else ()
+    _run(options, operands, place, divisor, options.grad_output / divisor, grads, loss=loss)
+    return loss, to_operands(grads, tensors) if wanted else None, None
+
+
+def backward(
+    options: Options,
+    tensors: Tensors,
+    grads: Tensors | None,
+    kept: None,
+    grad_output: torch.Tensor,
+    needs: tuple[bool, ...],
+) -> Tensors:
+    """The gradients for any grad_output, computed anew from the inputs."""
+    operands, place = walk(tensors)
+    found = empty_grads(options.record, operands, needs, place, memory.empty)
+    if options.reduction == "none":
+        upstream = empty_like_walk(operands, grad_output.dtype, place, memory.empty)
+        _run(options, operands, place, 1.0, 1.0, found, upstream=upstream.copy_(grad_output))
+    else:
+        scale = grad_output.item() / _divisor(options, tensors, place)
+        _run(options, operands, place, 1.0, scale, found)
+    return to_operands(found, tensors)
