@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from . import nn, optim
 from .errors import wrapper_hint
-from .nn._loss import LossModule
+from .front.call import LossModule
 from .optim._planned import PlannedStep
 
 __all__ = ["convert"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from .dispatch import Decision
 from .errors import wrapper_hint
-from .nn._loss import LossModule
+from .front.call import LossModule
 from .optim._planned import PlannedStep
 
 __all__ = ["Explanation", "explain"]

@@ -80,7 +80,9 @@ def _merged(tensors: Tensors, shape: tuple[int, ...]) -> Walk | None:
         if size == 1:
             continue
         here = [s[d] for s in given]
-        if sizes and all(before == size * step for before, step in zip(steps[-1], here, strict=True)):
+        if sizes and all(
+            before == size * step for before, step in zip(steps[-1], here, strict=True)
+        ):
             sizes[-1] *= size
             steps[-1] = here
         else:

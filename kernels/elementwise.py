@@ -11,7 +11,7 @@ import torch
 from .broadcast import Walk
 from .operation import Options
 
-__all__ = ["divisor_of", "empty_grads", "empty_like_walk", "mass_of", "to_operands"]
+__all__ = ["divisor_of", "empty_grads", "empty_like_walk", "mass_of", "numbers_of", "to_operands"]
 
 Tensors = tuple[torch.Tensor | None, ...]
 Empty = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
@@ -21,6 +21,13 @@ def compute_dtype(operands: Tensors) -> torch.dtype:
     """The dtype to compute in: float64 where an operand has it, else float32."""
     double = any(t is not None and t.dtype == torch.float64 for t in operands)
     return torch.float64 if double else torch.float32
+
+
+def numbers_of(tensors: Tensors) -> Tensors:
+    """The operands, integers among them as numbers of the dtype to compute in."""
+    return tuple(
+        t if t is None or t.is_floating_point() else t.to(compute_dtype(tensors)) for t in tensors
+    )
 
 
 def divisor_of(options: Options, tensors: Tensors, place: Walk) -> float | None:
@@ -42,7 +49,9 @@ def mass_of(options: Options, tensors: Tensors) -> torch.Tensor | None:
     return tensors[record.operands.index(record.averaged_by)]
 
 
-def empty_like_walk(operands: Tensors, dtype: torch.dtype, place: Walk, empty: Empty) -> torch.Tensor:
+def empty_like_walk(
+    operands: Tensors, dtype: torch.dtype, place: Walk, empty: Empty
+) -> torch.Tensor:
     """Uninitialised memory for a result of the walk's shape, in the walk's order."""
     if not place.flat:
         return empty(place.shape, dtype)
@@ -57,7 +66,7 @@ def empty_like_walk(operands: Tensors, dtype: torch.dtype, place: Walk, empty: E
 def empty_grads(
     record: Any, operands: Tensors, needs: tuple[bool, ...], place: Walk, empty: Empty
 ) -> Tensors:
-    """Uninitialised gradients of the operands that have one; whole, also where one is broadcast."""
+    """Uninitialised gradients of the operands that have one; whole where one is broadcast, too."""
     grads: list[torch.Tensor | None] = []
     for t, need in zip(operands[: record.slopes], needs, strict=False):
         if t is None or not need:

@@ -10,45 +10,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-
-
-class MSE(NamedTuple):
-    """(input - target)**2, elementwise."""
-
-
-class L1(NamedTuple):
-    """abs(input - target), elementwise."""
-
-
-class CrossEntropy(NamedTuple):
-    """-log softmax(input)[target] over a class axis.
-
-    Attributes:
-        ignore_index: class index whose positions count for nothing.
-        label_smoothing: share of the target spread evenly over all classes, in [0, 1].
-    """
-
-    ignore_index: int = -100
-    label_smoothing: float = 0.0
-
-
-class Loss(NamedTuple):
-    """One loss call without its tensors.
-
-    Attributes:
-        hyper: the operation's record, one of the above.
-        reduction: "none", "mean" or "sum".
-        dtype: the dtype of the result.
-        grad_output: what the backward pass is expected to be given. A backend that can't look
-            at a grad_output before its kernels run is told 1.
-    """
-
-    hyper: MSE | L1 | CrossEntropy
-    reduction: str
-    dtype: torch.dtype
-    grad_output: float = 1.0
-
 
 class SGD(NamedTuple):
     """Attributes as in torch.optim.SGD.

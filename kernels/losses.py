@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import hyper
+from .operation import Elementwise, Options
 
 __all__ = ["Loops", "Tensors"]
 
@@ -17,16 +17,15 @@ Tensors = tuple[torch.Tensor | None, ...]
 class Loops(NamedTuple):
     """A backend's two loops, each a module with `forward` and `backward` as below."""
 
-    pointwise: ModuleType
-    cross_entropy: ModuleType
+    flat: ModuleType
+    softmax: ModuleType
 
-    def of(self, options: hyper.Loss) -> ModuleType:
+    def of(self, options: Options) -> ModuleType:
         """The one that serves a loss."""
-        crosses = isinstance(options.hyper, hyper.CrossEntropy)
-        return self.cross_entropy if crosses else self.pointwise
+        return self.flat if isinstance(options.record, Elementwise) else self.softmax
 
     def forward(
-        self, options: hyper.Loss, tensors: Tensors, needs: tuple[bool, ...]
+        self, options: Options, tensors: Tensors, needs: tuple[bool, ...]
     ) -> tuple[torch.Tensor, Tensors | None, Any]:
         """The loss, and perhaps its gradients for the grad_output that is expected.
 
@@ -45,7 +44,7 @@ class Loops(NamedTuple):
 
     def backward(
         self,
-        options: hyper.Loss,
+        options: Options,
         tensors: Tensors,
         grads: Tensors | None,
         kept: Any,

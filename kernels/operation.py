@@ -14,7 +14,7 @@ import torch
 
 from .formula import digest
 
-__all__ = ["Elementwise", "Operation", "Options"]
+__all__ = ["Elementwise", "Operation", "Options", "Softmax"]
 
 
 @dataclass_transform(frozen_default=True)
@@ -24,12 +24,20 @@ class Operation:
     Attributes:
         numbers, flags: the names of the fields of type float, and of type bool.
         key: names the formula's code, for caches of what is compiled from it.
+        twin: torch's function.
+        operands: the names of the tensors.
+        arranged: whether `arrange` has something to do.
+        checked: whether torch refuses some numbers. The formula makes NaN of those.
     """
 
     numbers: ClassVar[tuple[str, ...]]
     flags: ClassVar[tuple[str, ...]]
     key: ClassVar[str]
-    _formula: ClassVar[str]
+    twin: ClassVar[Any]
+    operands: ClassVar[tuple[str, ...]]
+    arranged: ClassVar[bool] = False
+    checked: ClassVar[bool] = False
+    _formula: ClassVar[str | None] = None
 
     def __init_subclass__(cls) -> None:
         if cls.__dict__.get("_abstract"):
@@ -38,7 +46,8 @@ class Operation:
         fields = dataclasses.fields(cls)  # type: ignore[arg-type]
         cls.numbers = tuple(f.name for f in fields if f.type in ("float", float))
         cls.flags = tuple(f.name for f in fields if f.type in ("bool", bool))
-        cls.key = digest(getattr(cls, cls._formula))
+        if cls._formula is not None:
+            cls.key = digest(getattr(cls, cls._formula))
 
     @property
     def values(self) -> tuple[float, ...]:
@@ -58,27 +67,66 @@ class Elementwise(Operation):
     that was not given) the value, and its derivatives by the first operands, one after another.
 
     Attributes:
-        operands: their names.
         slopes: of how many of them, from the first on, there is a derivative.
         factor: what all derivatives are still to be multiplied by. It goes into the scale of
             the gradients ahead of all elements, where a factor in the formula might overflow.
         averaged_by: the operand, if given, by whose sum the mean divides.
+        reductions: those it has.
+        integers: the operands that may be integers.
+        constants: the operands that have no derivative in torch, either.
+        same_sizes, same_dtypes: whether the first two operands have to be of one size, and all
+            operands of one dtype.
+        weighted_as_input: whether the other operands have to be of the first one's size.
+        warns_of_sizes: whether torch warns where the first two operands are of different sizes.
     """
 
     _abstract = True
     _formula = "value_and_slopes"
-    operands: ClassVar[tuple[str, ...]]
     slopes: ClassVar[int] = 1
     factor: ClassVar[float] = 1.0
     averaged_by: ClassVar[str | None] = None
+    reductions: ClassVar[tuple[str, ...]] = ("none", "mean", "sum")
+    integers: ClassVar[tuple[str, ...]] = ()
+    constants: ClassVar[tuple[str, ...]] = ()
+    same_sizes: ClassVar[bool] = False
+    same_dtypes: ClassVar[bool] = False
+    weighted_as_input: ClassVar[bool] = False
+    warns_of_sizes: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         parameters = inspect.signature(cls.value_and_slopes).parameters
         cls.operands = tuple(parameters)[1:]
+        cls.arranged = cls.arrange is not Elementwise.arrange
 
     def value_and_slopes(self, *operands: Any) -> Any:
         raise NotImplementedError
+
+    def refuse(self) -> str | None:
+        """The option of which torch has to say what is wrong with it, if there is one."""
+        return None
+
+    def arrange(self, *operands: Any) -> tuple[Any, ...] | None:
+        """The operands as they are broadcast; None where torch refuses their sizes."""
+        return operands
+
+    def warning(self, reduction: str, *operands: Any) -> str | None:
+        """What torch warns of at such a call."""
+        first, second = operands[:2]
+        if not self.warns_of_sizes or first.shape == second.shape:
+            return None
+        return (
+            f"Using a target size ({second.size()}) that is different to the input size "
+            f"({first.size()}). This will likely lead to incorrect results due to broadcasting. "
+            "Please ensure they have the same size."
+        )
+
+
+class Softmax(Operation):
+    """A loss of a softmax over classes: of logits, a target and perhaps a weight for each class."""
+
+    _abstract = True
+    operands = ("input", "target", "weight")
 
 
 class Options(NamedTuple):

@@ -9,26 +9,33 @@ from torch import Tensor
 from torch._C import _nn
 from torch.nn import functional as F
 
-from ..kernels import hyper
+from ..front.analysis import Call
+from ..front.call import REDUCTIONS, LossModule, autocasts, loss, prepare
 from ..kernels.layout import class_axis
+from ..kernels.operation import Softmax
 from ..kernels.reference import out_of_bounds
-from ._loss import REDUCTIONS, Call, LossModule, autocasts, loss_function, prepare
 
 __all__ = ["CrossEntropyLoss", "cross_entropy"]
 
 _LABELS = (torch.int64, torch.uint8)
 
 
-def _analyse(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Call | None:
+class CrossEntropy(Softmax):
+    """The options of a call.
+
+    Attributes:
+        ignore_index: class index whose positions count for nothing.
+        label_smoothing: share of the target spread evenly over all classes, in [0, 1].
+    """
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+
+
+def _analyse(function: str, arguments: dict[str, Any]) -> Call | None:
+    input, target, weight = (arguments[name] for name in CrossEntropy.operands)
+    size_average, reduce = arguments["size_average"], arguments["reduce"]
+    ignore_index, label_smoothing = arguments["ignore_index"], arguments["label_smoothing"]
     if not all(isinstance(t, Tensor) for t in (input, target) + (weight,) * (weight is not None)):
         return None
     special = []
@@ -60,11 +67,12 @@ def _analyse(
             special.append(f"a weight of dtype {weight.dtype} for an input of {input.dtype}")
         if weight.requires_grad:
             special.append("a gradient to the weight")
-    record = hyper.CrossEntropy(ignore_index, label_smoothing)
+    record = CrossEntropy(ignore_index, label_smoothing)
     row = axis.classes if axis is not None and axis.class_stride == 1 else 0
     return prepare(
-        "cross_entropy", record, reduction, input.dtype, (input, target, weight), special, row
-    )
+        function, record, tuple(REDUCTIONS), arguments["reduction"], input.dtype,
+        (input, target, weight), special, row,
+    )  # fmt: skip
 
 
 def _probability_specials(input: Tensor, target: Tensor, ignore_index: int) -> list[str]:
@@ -121,7 +129,7 @@ def _torch_cross_entropy(
 _torch_cross_entropy.__qualname__ = "cross_entropy"  # for Python's errors about arguments
 
 
-@loss_function(_analyse, F.cross_entropy, _torch_cross_entropy)
+@loss(CrossEntropy, native=_torch_cross_entropy, analysis=_analyse)
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -131,7 +139,7 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-) -> None:
+) -> Tensor:
     r"""Cross-entropy, :math:`-\log \mathrm{softmax}(x)_y`, of unnormalised logits.
 
     With class weights w and smoothing ε a position's loss is
@@ -171,9 +179,10 @@ def cross_entropy(
     "none"), because the logits themselves are kept for it, not a copy of their softmax. And the
     gradient to an ignored position is 0 even where its logits are NaN or infinite.
     """
+    raise NotImplementedError
 
 
-class CrossEntropyLoss(LossModule, torch.nn.CrossEntropyLoss):
+class CrossEntropyLoss(LossModule, torch.nn.CrossEntropyLoss, function=cross_entropy):
     r"""Cross-entropy of logits as a module.
 
     Args:
@@ -191,16 +200,3 @@ class CrossEntropyLoss(LossModule, torch.nn.CrossEntropyLoss):
 
     Reference: :class:`torch.nn.CrossEntropyLoss`
     """
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return cross_entropy(input, target, **self._options())
-
-    _function = staticmethod(cross_entropy)
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "weight": self.weight,
-            "ignore_index": self.ignore_index,
-            "reduction": self.reduction,
-            "label_smoothing": self.label_smoothing,
-        }

@@ -1,4 +1,4 @@
-"""Mean absolute error."""
+"""Absolute error."""
 
 from __future__ import annotations
 
@@ -6,21 +6,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _nn
 from torch.nn import functional as F
 
-from ..kernels import hyper
-from . import _pointwise
-from ._loss import LossModule, loss_function
+from .. import formula as m
+from ..front.call import LossModule, loss, shortest
+from ..kernels.operation import Elementwise
 
 __all__ = ["L1Loss", "l1_loss"]
 
 
-@loss_function(
-    _pointwise.analyser("l1_loss", hyper.L1()),
-    F.l1_loss,
-    _pointwise.direct(F.l1_loss, _nn.l1_loss),
-)
+class L1(Elementwise):
+    slopes = 2
+    averaged_by = "weight"
+    warns_of_sizes = True
+    weighted_as_input = True
+
+    def value_and_slopes(h, input: Any, target: Any, weight: Any) -> Any:
+        d = input - target
+        slope = weight * m.sign(d)
+        return weight * m.absolute(d), slope, -slope
+
+
+@loss(L1, native=shortest(F.l1_loss, torch._C._nn.l1_loss))
 def l1_loss(
     input: Tensor,
     target: Tensor,
@@ -28,32 +35,32 @@ def l1_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
     weight: Tensor | None = None,
-) -> None:
-    r"""Mean absolute error, :math:`|x - y|` per element; its derivative at 0 is 0.
+) -> Tensor:
+    r"""Mean absolute error, :math:`w\,|x - y|`, averaged, summed or per element.
 
     Args:
-        input: predictions, any shape; float64, float32, bfloat16 or float16.
-        target: of the same shape and device; differentiable as well. Other shapes are
-            broadcast, with torch's warning.
+        input: any shape; float64, float32, bfloat16 or float16.
+        target: of input's shape; other sizes are broadcast, with torch's warning.
         size_average, reduce: deprecated, as in torch.
         reduction: "none" gives the elements' values, "mean" their mean, "sum" their sum.
         weight: elementwise weights of input's shape; the mean then divides by their sum.
 
     Returns:
-        A tensor of input's and target's common dtype (float32 under autocast).
+        A tensor of the tensors' common dtype (float32 under autocast).
 
     Raises:
-        RuntimeError, TypeError, ValueError: as torch does, for shapes that don't broadcast,
-            integer inputs and unknown reductions.
+        RuntimeError, TypeError, ValueError: as torch does, for shapes that don't go together,
+            dtypes it doesn't take and unknown reductions.
 
     Example:
         >>> loss = fastopt.nn.functional.l1_loss(model(x), y)
 
     Reference: :func:`torch.nn.functional.l1_loss`
     """
+    raise NotImplementedError
 
 
-class L1Loss(LossModule, torch.nn.L1Loss):
+class L1Loss(LossModule, torch.nn.L1Loss, function=l1_loss):
     r"""Mean absolute error as a module: :math:`|x - y|`, averaged, summed or per element.
 
     Args:
@@ -68,11 +75,3 @@ class L1Loss(LossModule, torch.nn.L1Loss):
 
     Reference: :class:`torch.nn.L1Loss`
     """
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return l1_loss(input, target, **self._options())
-
-    _function = staticmethod(l1_loss)
-
-    def _options(self) -> dict[str, Any]:
-        return {"reduction": self.reduction}

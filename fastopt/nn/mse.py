@@ -1,4 +1,4 @@
-"""Mean squared error."""
+"""Squared error."""
 
 from __future__ import annotations
 
@@ -6,21 +6,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _nn
 from torch.nn import functional as F
 
-from ..kernels import hyper
-from . import _pointwise
-from ._loss import LossModule, loss_function
+from ..front.call import LossModule, loss, shortest
+from ..kernels.operation import Elementwise
 
 __all__ = ["MSELoss", "mse_loss"]
 
 
-@loss_function(
-    _pointwise.analyser("mse_loss", hyper.MSE()),
-    F.mse_loss,
-    _pointwise.direct(F.mse_loss, _nn.mse_loss),
-)
+class MSE(Elementwise):
+    slopes = 2
+    factor = 2.0
+    averaged_by = "weight"
+    warns_of_sizes = True
+    weighted_as_input = True
+
+    def value_and_slopes(h, input: Any, target: Any, weight: Any) -> Any:
+        d = input - target
+        slope = weight * d
+        return weight * (d * d), slope, -slope
+
+
+@loss(MSE, native=shortest(F.mse_loss, torch._C._nn.mse_loss))
 def mse_loss(
     input: Tensor,
     target: Tensor,
@@ -28,32 +35,32 @@ def mse_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
     weight: Tensor | None = None,
-) -> None:
-    r"""Mean squared error, :math:`(x - y)^2` per element.
+) -> Tensor:
+    r"""Mean squared error, :math:`w\,(x - y)^2`, averaged, summed or per element.
 
     Args:
-        input: predictions, any shape; float64, float32, bfloat16 or float16.
-        target: of the same shape and device; differentiable as well. Other shapes are
-            broadcast, with torch's warning.
+        input: any shape; float64, float32, bfloat16 or float16.
+        target: of input's shape; other sizes are broadcast, with torch's warning.
         size_average, reduce: deprecated, as in torch.
         reduction: "none" gives the elements' values, "mean" their mean, "sum" their sum.
         weight: elementwise weights of input's shape; the mean then divides by their sum.
 
     Returns:
-        A tensor of input's and target's common dtype (float32 under autocast).
+        A tensor of the tensors' common dtype (float32 under autocast).
 
     Raises:
-        RuntimeError, TypeError, ValueError: as torch does, for shapes that don't broadcast,
-            integer inputs and unknown reductions.
+        RuntimeError, TypeError, ValueError: as torch does, for shapes that don't go together,
+            dtypes it doesn't take and unknown reductions.
 
     Example:
         >>> loss = fastopt.nn.functional.mse_loss(model(x), y)
 
     Reference: :func:`torch.nn.functional.mse_loss`
     """
+    raise NotImplementedError
 
 
-class MSELoss(LossModule, torch.nn.MSELoss):
+class MSELoss(LossModule, torch.nn.MSELoss, function=mse_loss):
     r"""Mean squared error as a module: :math:`(x - y)^2`, averaged, summed or per element.
 
     Args:
@@ -68,11 +75,3 @@ class MSELoss(LossModule, torch.nn.MSELoss):
 
     Reference: :class:`torch.nn.MSELoss`
     """
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return mse_loss(input, target, **self._options())
-
-    _function = staticmethod(mse_loss)
-
-    def _options(self) -> dict[str, Any]:
-        return {"reduction": self.reduction}

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from numba.core import types
 
-from .. import hyper
 from ..layout import ClassAxis, class_axis, dense_axis, view_along
+from ..operation import Options
 from ..reference import out_of_bounds
 from . import memory
 from .compiler import Region, dtype_name, optional_pointer, pointer, specialise
@@ -58,14 +58,14 @@ class _Call(NamedTuple):
     denominator: float
 
 
-def _prepare(options: hyper.Loss, tensors: tuple[torch.Tensor | None, ...]) -> _Call:
+def _prepare(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> _Call:
     """Raises IndexError for a class index out of range."""
     input, target, weight = tensors
     assert input is not None
     assert target is not None
     axis = _axis(input)
-    assert isinstance(options.hyper, hyper.CrossEntropy)
-    ignore_index, smoothing = options.hyper
+    record: Any = options.record
+    ignore_index, smoothing = record.ignore_index, record.label_smoothing
     smooth = None
     if weight is not None:
         weight = weight.contiguous()
@@ -224,7 +224,7 @@ def _empty_gradient(input: torch.Tensor, x: ClassAxis) -> torch.Tensor:
 
 
 def forward(
-    options: hyper.Loss, tensors: tuple[torch.Tensor | None, ...], needs: tuple[bool, ...]
+    options: Options, tensors: tuple[torch.Tensor | None, ...], needs: tuple[bool, ...]
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...] | None, None]:
     """The loss, and its gradients for the grad_output expected (None where that has no number)."""
     call = _prepare(options, tensors)
@@ -240,7 +240,7 @@ def forward(
 
 
 def backward(
-    options: hyper.Loss,
+    options: Options,
     tensors: tuple[torch.Tensor | None, ...],
     grads: tuple[torch.Tensor | None, ...] | None,
     kept: None,

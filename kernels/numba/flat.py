@@ -17,7 +17,15 @@ from numba import prange
 from numba.core import types
 
 from ..broadcast import Walk, walk
-from ..elementwise import compute_dtype, divisor_of, empty_grads, empty_like_walk, mass_of, to_operands
+from ..elementwise import (
+    compute_dtype,
+    divisor_of,
+    empty_grads,
+    empty_like_walk,
+    mass_of,
+    numbers_of,
+    to_operands,
+)
 from ..operation import Elementwise, Options
 from . import memory
 from .compiler import dtype_name, kernel, optional_pointer, pointer, region, summing_kernel
@@ -83,7 +91,7 @@ def flat_all(
     sums: Any, loss: Any, scale: Any, divisor: float, first: int, second: int, inner: int,
     group: int,
 ) -> None:  # fmt: skip
-    """loss = the sum of the values / divisor. sums is scratch memory, a number a group of chunks."""
+    """loss = the sum of the values / divisor. sums is scratch memory, a number a group."""
     for part in prange(parts):
         flat_part(
             part, parts, numbers, operands, steps, values, grads, upstream, sums, scale, first,
@@ -184,7 +192,7 @@ def forward(
     options: Options, tensors: Tensors, needs: tuple[bool, ...]
 ) -> tuple[torch.Tensor, Tensors | None, None]:
     """The loss, and its gradients for the grad_output expected (None where that has no number)."""
-    operands, place = walk(tensors)
+    operands, place = walk(numbers_of(tensors))
     if options.reduction == "none":
         values = empty_like_walk(operands, options.dtype, place, memory.empty)
         _run(options, operands, place, 1.0, 1.0, values=values)
@@ -206,7 +214,7 @@ def backward(
     needs: tuple[bool, ...],
 ) -> Tensors:
     """The gradients for any grad_output, computed anew from the inputs."""
-    operands, place = walk(tensors)
+    operands, place = walk(numbers_of(tensors))
     found = empty_grads(options.record, operands, needs, place, memory.empty)
     if options.reduction == "none":
         upstream = empty_like_walk(operands, grad_output.dtype, place, memory.empty)

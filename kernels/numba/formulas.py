@@ -11,35 +11,6 @@ from typing import Any
 
 from .. import hyper
 from .compiler import formula_of
-from .vector_math import cast
-
-# -- pointwise losses ------------------------------------------------------------------
-
-
-def value_and_grad(record: Any, input: Any, target: Any, upstream: Any) -> Any:
-    """A pointwise loss, and upstream times its derivatives by input and by target."""
-    raise NotImplementedError
-
-
-pointwise = formula_of(value_and_grad)
-
-
-@pointwise(hyper.MSE)
-def mse(record: Any, input: Any, target: Any, upstream: Any) -> Any:
-    difference = input - target
-    half = difference * upstream  # doubled last: twice the difference may overflow
-    grad = half + half
-    return difference * difference, grad, -grad
-
-
-@pointwise(hyper.L1)
-def l1(record: Any, input: Any, target: Any, upstream: Any) -> Any:
-    difference = input - target
-    zero = cast(0, difference)
-    sign = cast(1, difference) if difference > zero else zero  # as torch.sign: of NaN, 0
-    grad = upstream * (cast(-1, difference) if difference < zero else sign)
-    return abs(difference), grad, -grad
-
 
 # -- optimizers -----------------------------------------------------------------------
 #

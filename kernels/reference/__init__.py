@@ -6,45 +6,33 @@ against it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import warnings
+from dataclasses import asdict
 
 import torch
-from torch.nn import functional as F
 
-from .. import hyper
+from ..operation import Options
 
 __all__ = ["loss", "out_of_bounds"]
 
 
-def loss(options: hyper.Loss, tensors: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
-    """The loss by torch's own functions, differentiable to any order.
+def loss(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
+    """The loss by torch's own function, differentiable to any order.
 
     Args:
         options: the call without its tensors; its dtype is that of the result.
-        tensors: as the public function takes them.
+        tensors: the operands, None for one that wasn't given.
     """
-    compute = tuple(
-        t.to(options.dtype) if t is not None and t.is_floating_point() else t for t in tensors
-    )
-    with torch.autocast(compute[0].device.type, enabled=False):  # type: ignore[union-attr]
-        return _LOSSES[type(options.hyper)](options, *compute)
-
-
-def _cross_entropy(options: hyper.Loss, input: Any, target: Any, weight: Any) -> torch.Tensor:
-    assert isinstance(options.hyper, hyper.CrossEntropy)
-    return F.cross_entropy(
-        input, target, weight, reduction=options.reduction, **options.hyper._asdict()
-    )
-
-
-_LOSSES: dict[type, Callable[..., torch.Tensor]] = {
-    hyper.MSE: lambda options, input, target: F.mse_loss(
-        input, target, reduction=options.reduction
-    ),
-    hyper.L1: lambda options, input, target: F.l1_loss(input, target, reduction=options.reduction),
-    hyper.CrossEntropy: _cross_entropy,
-}
+    record = options.record
+    given = {
+        name: t.to(options.dtype) if t.is_floating_point() else t
+        for name, t in zip(record.operands, tensors, strict=True)
+        if t is not None
+    }
+    device = next(iter(given.values())).device
+    with torch.autocast(device.type, enabled=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the call itself has warned
+        return type(record).twin(**given, **asdict(record), reduction=options.reduction)
 
 
 def out_of_bounds(target: torch.Tensor, classes: int, ignore_index: int) -> IndexError:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from .. import hyper
 from ..losses import Loops, Tensors
-from . import cross_entropy, pointwise
+from ..operation import Options
+from . import cross_entropy, flat
 from .multi_tensor import describe_step
 from .multi_tensor import launcher as step_launcher
 
@@ -19,7 +19,7 @@ __all__ = [
     "backward", "describe", "describe_step", "empty_cache", "forward", "number_of", "step_launcher",
 ]  # fmt: skip
 
-_loops = Loops(pointwise, cross_entropy)
+_loops = Loops(flat, cross_entropy)
 forward, backward = _loops.forward, _loops.backward
 
 
@@ -27,7 +27,7 @@ def number_of(grad_output: torch.Tensor) -> None:
     """Never known: to look would make the host wait. The kernels of `backward` ask if it is 1."""
 
 
-def describe(options: hyper.Loss, tensors: Tensors) -> str:
+def describe(options: Options, tensors: Tensors) -> str:
     """How a call runs, in words."""
     words: str = _loops.of(options).describe(options, tensors)
     return words

@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import hyper
 from ..layout import ClassAxis, class_axis, dense_axis, view_along
+from ..operation import Options
 from ..reference import out_of_bounds
 from . import reduction
 from .compiler import TYPES, Hardware, compute_dtype, hardware, launch, number, power_of_2
@@ -155,14 +155,14 @@ class Kept(NamedTuple):
     target_masses: torch.Tensor | None
 
 
-def _prepare(options: hyper.Loss, tensors: tuple[torch.Tensor | None, ...]) -> _Call:
+def _prepare(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> _Call:
     input, target, weight = tensors
     assert input is not None
     assert target is not None
-    assert isinstance(options.hyper, hyper.CrossEntropy)
     axis = class_axis(input)
     assert axis is not None, "dispatch admits only layouts that can be walked"
-    ignore_index, smoothing = options.hyper
+    record: Any = options.record
+    ignore_index, smoothing = record.ignore_index, record.label_smoothing
     if weight is not None:
         weight = weight.contiguous()
     weight_sum = None
@@ -294,12 +294,12 @@ def _empty_gradient(call: _Call) -> torch.Tensor:
     return view_along(flat, call.input.shape, call.axis)
 
 
-def _recomputes(options: hyper.Loss, input: torch.Tensor) -> bool:
+def _recomputes(options: Options, input: torch.Tensor) -> bool:
     return options.reduction == "none" or input.dtype == torch.float16
 
 
 def forward(
-    options: hyper.Loss, tensors: tuple[torch.Tensor | None, ...], needs: tuple[bool, ...]
+    options: Options, tensors: tuple[torch.Tensor | None, ...], needs: tuple[bool, ...]
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...] | None, Kept | None]:
     """The loss, and its gradients for a grad_output of 1 or None."""
     call = _prepare(options, tensors)
@@ -335,7 +335,7 @@ def forward(
 
 
 def backward(
-    options: hyper.Loss,
+    options: Options,
     tensors: tuple[torch.Tensor | None, ...],
     grads: tuple[torch.Tensor | None, ...] | None,
     kept: Kept,
@@ -352,7 +352,7 @@ def backward(
     return grad, None, None
 
 
-def describe(options: hyper.Loss, tensors: tuple[torch.Tensor | None, ...]) -> str:
+def describe(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> str:
     """How a call runs, in words."""
     input, target, weight = tensors
     assert input is not None

@@ -23,11 +23,19 @@ import torch
 import triton.language as tl
 
 from ..broadcast import Walk, walk
-from ..elementwise import compute_dtype, divisor_of, empty_grads, empty_like_walk, mass_of, to_operands
+from ..elementwise import (
+    compute_dtype,
+    divisor_of,
+    empty_grads,
+    empty_like_walk,
+    mass_of,
+    numbers_of,
+    to_operands,
+)
 from ..operation import Options
 from . import reduction
 from .compiler import TYPES, as_number, device_function, kernel, launch, number
-from .record import constants_of, numbers_of
+from .record import constants_of, record_numbers
 from .vector_math import quotient
 
 # 16 elements a thread: two or four 16-byte loads of each tensor under way at a time.
@@ -134,7 +142,7 @@ def _run(
     first = next(t for t in operands if t is not None)
     launch(
         flat_blocks, (_programs(place),), first.device, THREADS, operands,
-        tuple(step[:2] for step in place.steps), numbers_of(record, compute), values, grads,
+        tuple(step[:2] for step in place.steps), record_numbers(record, compute), values, grads,
         upstream, grad_output, partials, number(record.factor, compute),
         None if divisor is None else number(divisor, compute), place.count, place.second,
         place.inner, FIXED=tuple(step[2] == 0 for step in place.steps), FLAT=place.flat,
@@ -166,7 +174,7 @@ def forward(
     options: Options, tensors: Tensors, needs: tuple[bool, ...]
 ) -> tuple[torch.Tensor, Tensors | None, None]:
     """The loss, and its gradients for a grad_output of 1 or None."""
-    operands, place = walk(tensors)
+    operands, place = walk(numbers_of(tensors))
     empty = _empty_on(tensors)
     if options.reduction == "none":
         values = empty_like_walk(operands, options.dtype, place, empty)
@@ -194,7 +202,7 @@ def backward(
     needs: tuple[bool, ...],
 ) -> Tensors:
     """The gradients for any grad_output; those for 1 stay as they are."""
-    operands, place = walk(tensors)
+    operands, place = walk(numbers_of(tensors))
     empty = _empty_on(tensors)
     if options.reduction == "none":
         upstream = empty_like_walk(operands, grad_output.dtype, place, empty).copy_(grad_output)
@@ -202,9 +210,7 @@ def backward(
         _run(options, operands, place, None, found, upstream=upstream)
         return to_operands(found, tensors)
     # those of operands that are broadcast have been summed up
-    whole = grads is not None and all(
-        g is None or tuple(g.shape) == place.shape for g in grads
-    )
+    whole = grads is not None and all(g is None or tuple(g.shape) == place.shape for g in grads)
     if grads is not None and whole:
         found, ready = grads[: options.record.slopes], True  # type: ignore[attr-defined]
     else:
@@ -219,7 +225,7 @@ def backward(
 
 def describe(options: Options, tensors: Tensors) -> str:
     """How a call runs, in words."""
-    _, place = walk(tensors)
+    _, place = walk(numbers_of(tensors))
     when = "recomputed in backward" if _recomputes(options, tensors) else "in the forward pass"
     return (
         f"flat, {_programs(place):,} programs of {BLOCK} elements, {THREADS} threads; "

@@ -14,30 +14,6 @@ from .. import hyper
 from .compiler import device_function as formula
 from .vector_math import quotient, root
 
-# -- pointwise losses -----------------------------------------------------------------------
-#
-# The value, and upstream times its derivatives by input and by target; `values` are the fields
-# of the loss's record.
-
-
-@formula
-def mse(values, input, target, upstream):
-    difference = input - target
-    half = difference * upstream  # doubled last: twice the difference may overflow
-    grad = half + half
-    return difference * difference, grad, -grad
-
-
-@formula
-def l1(values, input, target, upstream):
-    difference = input - target
-    # as torch.sign: of NaN, 0
-    grad = upstream * tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, 0.0))
-    return tl.abs(difference), grad, -grad
-
-
-VALUE_AND_GRAD: dict[type, Any] = {hyper.MSE: mse, hyper.L1: l1}
-
 # -- optimizers -----------------------------------------------------------------------------
 #
 # `constants` runs once per tensor and step in float64, in a small kernel of its own: all that

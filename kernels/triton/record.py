@@ -14,7 +14,7 @@ from ..operation import Operation
 from . import vocabulary
 from .compiler import device_function, number
 
-__all__ = ["constants_of", "formula_of", "numbers_of"]
+__all__ = ["constants_of", "formula_of", "record_numbers"]
 
 
 @functools.cache
@@ -31,7 +31,7 @@ def _compiled(function: Any) -> Any:
 @functools.cache
 def _fields(operation: type[Operation]) -> Any:
     """The record's type in a kernel: its numbers, then its flags."""
-    return namedtuple(operation.__name__, (*operation.numbers, *operation.flags))  # noqa: PYI024
+    return namedtuple(operation.__name__, (*operation.numbers, *operation.flags))
 
 
 def constants_of(record: Operation) -> dict[str, Any]:
@@ -43,6 +43,6 @@ def constants_of(record: Operation) -> dict[str, Any]:
     }
 
 
-def numbers_of(record: Operation, compute: torch.dtype) -> tuple[float | int, ...]:
+def record_numbers(record: Operation, compute: torch.dtype) -> tuple[float | int, ...]:
     """A record's numbers as an argument of a kernel that computes in this dtype."""
     return tuple([number(value, compute) for value in record.values])

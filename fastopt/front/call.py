@@ -1,26 +1,32 @@
-"""The way of every loss: request, decision, launcher, autograd. Holds no maths."""
+"""The way of every loss: analysis, route, cache of routes, autograd. Holds no maths."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn._reduction import get_enum
 from torch.utils._device import DeviceContext
 
 from .. import dispatch
 from ..dispatch import Decision, Request
 from ..errors import BackendUnavailable
-from ..kernels import hyper
-from ._fused import Habit, evaluate, is_released
+from ..kernels.operation import Operation, Options
+from .analysis import Call, analyse
+from .autograd import Habit, evaluate, is_released
 
 # Names of their own, for what the smallest calls have to ask.
 is_compiling, tracing_state = torch.compiler.is_compiling, torch._C._get_tracing_state
 insisted = dispatch.insisted
+
+#: the operation of each public function, by its name
+FUNCTIONS: dict[str, type[Operation]] = {}
 
 P = ParamSpec("P")
 Tensors = tuple[Tensor | None, ...]
@@ -32,17 +38,10 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _NUMBERS = (str, int, float, bool, type(None))
 
 
-class Call(NamedTuple):
-    """One call of a loss, analysed but not yet run."""
-
-    request: Request
-    options: hyper.Loss
-    tensors: Tensors
-
-
 def prepare(
-    operation: str,
-    record: hyper.MSE | hyper.L1 | hyper.CrossEntropy,
+    function: str,
+    record: Operation,
+    reductions: tuple[str, ...],
     reduction: str,
     dtype: torch.dtype,
     tensors: Tensors,
@@ -52,22 +51,24 @@ def prepare(
     """Summarise a call.
 
     Args:
-        operation: name of the function in torch.nn.functional.
-        record: its hyperparameters.
-        reduction: "none", "mean" or "sum".
+        function: its name in torch.nn.functional.
+        record: its options.
+        reductions: those that the operation has.
+        reduction: the one of this call.
         dtype: of the result, outside of autocast.
-        tensors: its tensors, None for one that wasn't given; the first one is the input.
-        special: what the operation itself knows to be beyond the compiled backends.
+        tensors: its operands, None for one that wasn't given; the first one is the input.
+        special: what is known to be beyond the compiled backends.
         row: of a softmax, its classes if they lie side by side.
     """
     input = tensors[0]
     assert input is not None
     given = [t for t in tensors if t is not None]
     _add_circumstances(given, special)
-    if not (isinstance(reduction, str) and reduction in REDUCTIONS):
+    if not (isinstance(reduction, str) and reduction in reductions):
         special.append(f"reduction={reduction!r}")
     device = input.device
-    dtypes = tuple([t.dtype for t in given])
+    # integers among the operands of an elementwise loss become numbers of the others' dtype
+    dtypes = tuple([t.dtype for t in given if row or t.is_floating_point() or t.is_complex()])
     if autocasts(device):
         # Losses are on autocast's float32 list. A kernel computes in float32 anyway and
         # writes each gradient in its tensor's own dtype, so no cast copies are needed.
@@ -76,10 +77,10 @@ def prepare(
             special.append("float64 under autocast, which leaves it alone")
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     request = Request(
-        operation, device.type, dtypes, input.numel(), tuple(special), capability,
+        function, device.type, dtypes, input.numel(), tuple(special), capability,
         dispatch.insisted(), row,
     )  # fmt: skip
-    return Call(request, hyper.Loss(record, reduction, dtype), tensors)
+    return Call(request, Options(record, reduction, dtype), tensors)
 
 
 def autocasts(device: torch.device) -> bool:
@@ -133,49 +134,61 @@ def _has_function_mode() -> bool:
     )
 
 
-class _Settled(NamedTuple):
+class Route(NamedTuple):
     """A call's analysis, for all calls of the same metadata.
 
     Attributes:
         backend: the one to serve it, None for the reference.
         options: the call without its tensors.
-        places: where the arguments have each of the call's tensors; None for one not given.
+        places: where the arguments have each operand; None for one not given.
         habit: of their backward passes.
+        warning: what torch warns of at such a call.
     """
 
     backend: Any
-    options: hyper.Loss
+    options: Options
     places: tuple[int | None, ...]
     habit: Habit
+    warning: str | None
 
     def serve(self, values: tuple[Any, ...]) -> Tensor | None:
         if self.backend is None:
             return None
+        if self.warning is not None:
+            warnings.warn(self.warning, stacklevel=4)
         tensors = tuple([None if k is None else values[k] for k in self.places])
+        record: Any = self.options.record
+        if record.arranged:
+            tensors = record.arrange(*tensors)
         return evaluate(self.backend, self.options, self.habit, tensors)
 
 
-class _Memory:
+class RouteCache:
     """What has been settled about the calls of one function, by all that the outcome depends on."""
 
     LIMIT = 1024
-    _all: ClassVar[list[_Memory]] = []
+    _all: ClassVar[list[RouteCache]] = []
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Any, ...], _Settled] = {}
+        self._known: dict[tuple[Any, ...], Route] = {}
         self._all.append(self)
 
     @classmethod
     def forget(cls) -> None:
         """Settle everything anew, under other rules."""
         dispatch.choose.cache_clear()
-        for memory in cls._all:
-            memory._known.clear()
+        for cache in cls._all:
+            cache._known.clear()
 
-    def find(self, key: tuple[Any, ...] | None) -> _Settled | None:
+    def find(self, key: tuple[Any, ...] | None) -> Route | None:
         return None if key is None else self._known.get(key)
 
-    def settle(self, key: tuple[Any, ...] | None, call: Call, values: tuple[Any, ...]) -> _Settled:
+    def settle(
+        self,
+        key: tuple[Any, ...] | None,
+        call: Call,
+        places: tuple[int | None, ...],
+    ) -> Route:
         """Decide about a call, and remember it.
 
         Raises:
@@ -183,17 +196,12 @@ class _Memory:
         """
         name = dispatch.choose(call.request).backend
         backend = None if name == "reference" else dispatch.load(name)
-        places = [
-            None if t is None else next(k for k, v in enumerate(values) if v is t)
-            for t in call.tensors
-        ]
-        settled = _Settled(backend, call.options, tuple(places), Habit())
-        given = [k for k in places if k is not None]
-        if key is not None and len(set(given)) == len(given):  # else places are not the arguments'
+        route = Route(backend, call.options, places, Habit(), call.warning)
+        if key is not None:
             if len(self._known) >= self.LIMIT:
                 self._known.clear()
-            self._known[key] = settled
-        return settled
+            self._known[key] = route
+        return route
 
 
 def _key(names: Any, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -221,25 +229,45 @@ def _key(names: Any, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
     return tuple(key)
 
 
-def loss_function(
-    analyse: Callable[..., Call | None],
-    torchs: Callable[..., Tensor],
-    fallback: Callable[..., Tensor],
-) -> Callable[[Callable[P, None]], Callable[P, Tensor]]:
-    """Decorator: a public function (its body is only its docstring) from its analysis.
+def loss(
+    operation: type[Operation],
+    native: Callable[..., Tensor] | None = None,
+    analysis: Callable[[str, dict[str, Any]], Call | None] | None = None,
+) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+    """Decorator: a public function (its body is its docstring) that computes an operation.
+
+    Its name and arguments are those of torch's function, which is looked up now, once.
 
     Args:
-        analyse: summarises a call from the public function's arguments; None for arguments
-            of which torch has to say what is wrong with them.
-        torchs: torch's own function, with the same arguments.
-        fallback: the same outside of torch.compile, by the shortest way.
+        operation: the class of its records.
+        native: torch's function by a shorter way, for calls that need not be looked at.
+        analysis: of a call's function and arguments, where that of an elementwise loss won't do.
     """
+    analysis = analysis or functools.partial(analyse, operation)
 
-    def decorate(documented: Callable[P, None]) -> Callable[P, Tensor]:
-        analyse.__qualname__ = documented.__name__  # for Python's errors about arguments
-        unseen = _unseen(analyse)
-        is_small, surely = dispatch.is_small(documented.__name__)
-        memory = _Memory()
+    def decorate(documented: Callable[P, Tensor]) -> Callable[P, Tensor]:
+        name = documented.__name__
+        torchs = operation.twin = getattr(F, name)
+        signature = inspect.signature(documented)
+        parameters = list(signature.parameters)
+        fallback = torchs if native is None else native
+        is_small, surely = dispatch.is_small(name)
+        cache = RouteCache()
+        FUNCTIONS[name] = operation
+
+        def analysed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            with torch._C.DisableTorchFunction():  # no override gets to see what is asked
+                return analysis(name, bound.arguments)
+
+        def places(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, ...]:
+            given = [*parameters[: len(args)], *kwargs]
+            values = (*args, *kwargs.values())
+            return tuple(
+                given.index(n) if n in given and values[given.index(n)] is not None else None
+                for n in operation.operands
+            )
 
         @functools.wraps(documented)
         def function(*args: P.args, **kwargs: P.kwargs) -> Tensor:
@@ -254,24 +282,26 @@ def loss_function(
                 return fallback(*args, **kwargs)
             values = (*args, *kwargs.values())
             key = _key(kwargs, values)
-            settled = memory.find(key)
-            if settled is None:
-                call = unseen(*args, **kwargs)
+            route = cache.find(key)
+            if route is None:
+                call = analysed(args, kwargs)
                 if call is None:
                     if (tracer := _tracer(*values)) is not None:
                         node: Tensor = tracer.create_proxy("call_function", function, args, kwargs)
                         return node
                     return fallback(*args, **kwargs)
                 try:
-                    settled = memory.settle(key, call, values)
+                    route = cache.settle(key, call, places(args, kwargs))
                 except BackendUnavailable:
                     fallback(*args, **kwargs)  # bad input gets torch's own error, first of all
                     raise
-            loss = settled.serve(values)
-            return fallback(*args, **kwargs) if loss is None else loss
+            result = route.serve(values)
+            if result is None or (operation.checked and result.is_cpu and _has_nan(result)):
+                return fallback(*args, **kwargs)  # torch says what is wrong, if anything is
+            return result
 
         def decide(*args: P.args, **kwargs: P.kwargs) -> Decision:
-            call = unseen(*args, **kwargs)
+            call = analysed(args, kwargs)
             if call is None:
                 raise TypeError("there is nothing to explain: arguments must be tensors")
             decision = dispatch.choose(call.request)
@@ -280,21 +310,15 @@ def loss_function(
         function.decide = decide  # type: ignore[attr-defined]
         # torch.jit.script would compile the body, a docstring
         function.__prepare_scriptable__ = lambda: torchs  # type: ignore[attr-defined]
-        signature = inspect.signature(documented)
-        function.__signature__ = signature.replace(return_annotation=Tensor)  # type: ignore[attr-defined]
+        function.__signature__ = signature  # type: ignore[attr-defined]
         return function
 
     return decorate
 
 
-def _unseen(analyse: Callable[..., Call | None]) -> Callable[..., Call | None]:
-    """The analysis, of which no override of torch's functions gets to see what it asks tensors."""
-
-    def analysis(*args: Any, **kwargs: Any) -> Call | None:
-        with torch._C.DisableTorchFunction():
-            return analyse(*args, **kwargs)
-
-    return analysis
+def _has_nan(result: Tensor) -> bool:
+    with torch.no_grad():
+        return bool(torch.isnan(result).any())
 
 
 def _tracer(*arguments: object) -> Any:
@@ -302,19 +326,80 @@ def _tracer(*arguments: object) -> Any:
     return next((a.tracer for a in arguments if isinstance(a, torch.fx.Proxy)), None)
 
 
+def shortest(
+    function: Callable[..., Tensor], native: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """Torch's function of (input, target), by a shorter way where its Python has nothing to do.
+
+    What that does before takes a quarter of a small loss's time.
+
+    Args:
+        function: torch's.
+        native: its code in C++, of (input, target, number of the reduction).
+    """
+
+    def call(
+        input: Tensor,
+        target: Tensor,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        if (
+            type(input) is Tensor
+            and type(target) is Tensor
+            and size_average is None
+            and reduce is None
+            and weight is None
+            and type(reduction) is str
+            and reduction in REDUCTIONS
+            and input.shape == target.shape
+            and not torch._C._len_torch_function_stack()
+        ):
+            return native(input, target, REDUCTIONS[reduction])
+        return function(
+            input, target, size_average=size_average, reduce=reduce, reduction=reduction,
+            **({} if weight is None else {"weight": weight}),
+        )  # fmt: skip
+
+    call.__qualname__ = function.__name__  # for Python's errors about arguments
+    return call
+
+
 class LossModule:
-    """Mixin in front of a torch loss class, of which a subclass overrides `forward` alone."""
+    """Mixin in front of a torch loss class, of which a subclass has but a docstring.
+
+    Its forward calls the function of the same operation, with the options that the module has.
+    """
 
     _function: ClassVar[Callable[..., Tensor]]
+    _tensors: ClassVar[tuple[str, ...]]
+    _named: ClassVar[tuple[str, ...]]
+
+    def __init_subclass__(cls, function: Callable[..., Tensor] | None = None) -> None:
+        super().__init_subclass__()
+        if function is None:  # a subclass of ours, by a user
+            return
+        torchs: Any = next(c for c in cls.__mro__ if c.__module__.startswith("torch.nn."))
+        cls._function = staticmethod(function)
+        cls._tensors = tuple(inspect.signature(torchs.forward).parameters)[1:]
+        options = list(inspect.signature(function).parameters)[len(cls._tensors) :]
+        cls._named = tuple(name for name in options if name not in ("size_average", "reduce"))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs:
+            args = (*args, *[kwargs.pop(n) for n in self._tensors[len(args) :] if n in kwargs])
+        return type(self)._function(*args, **kwargs, **self._options())
 
     def _options(self) -> dict[str, Any]:
         """The keyword arguments of the function."""
-        raise NotImplementedError
+        return {name: getattr(self, name) for name in self._named}
 
     def __prepare_scriptable__(self) -> Any:
         """For torch.jit.script, which can't call what isn't TorchScript: torch's own module."""
         kind: Any = type(self)
-        if not kind.forward.__module__.startswith(__package__):
+        if kind.forward is not LossModule.forward:
             return self  # a subclass with a forward of its own
         torchs: Any = next(c for c in kind.__mro__ if c.__module__.startswith("torch.nn."))
         module = torchs.__new__(torchs)

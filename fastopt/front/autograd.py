@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import hyper, reference
+from ..kernels import reference
+from ..kernels.operation import Options
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -34,7 +35,7 @@ class Habit:
         self._last = number
 
 
-def evaluate(backend: Any, options: hyper.Loss, habit: Habit, tensors: Tensors) -> Tensor:
+def evaluate(backend: Any, options: Options, habit: Habit, tensors: Tensors) -> Tensor:
     """The loss by a compiled backend."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         if habit.expected != 1:
@@ -56,7 +57,7 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, backend: Any, options: hyper.Loss, habit: Habit, *tensors: Tensor | None
+        ctx: Any, backend: Any, options: Options, habit: Habit, *tensors: Tensor | None
     ) -> Tensor:
         needs = ctx.needs_input_grad[3:]
         loss, ctx.grads, ctx.kept = backend.forward(options, tensors, needs)
@@ -112,7 +113,7 @@ def _is_followed(grad_output: Tensor) -> bool:
 
 
 def _torch_grads(
-    options: hyper.Loss, tensors: Tensors, grad_output: Tensor, needs: tuple[bool, ...]
+    options: Options, tensors: Tensors, grad_output: Tensor, needs: tuple[bool, ...]
 ) -> Tensors:
     """The gradients by torch's own operations, themselves differentiable if need be."""
     wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
