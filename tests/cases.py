@@ -8,12 +8,17 @@ float64; the yardstick is torch's own error in the tensors' dtype.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+
+from fastopt import dispatch
+from fastopt.front.call import RouteCache
 
 #: The machine under test: where tensors are, and the compiled backend that serves them.
 DEVICE = os.environ.get("FASTOPT_TEST_DEVICE", "cpu")
@@ -230,6 +235,18 @@ OPTIMIZERS = [
 #: (In the interpreter a large one only takes longer.)
 LARGE = 5003 if INTERPRETED else 40_003
 SHAPES = ((1,), (64,), (70,), (3, 5, 7), (), (4099,), (0,), (LARGE,), (2, 0))
+
+
+@contextmanager
+def any_size_counts() -> Iterator[None]:
+    """Set the sizes aside below which torch's own code is faster."""
+    with (
+        mock.patch.dict(dispatch.CROSSOVER, {}, clear=True),
+        mock.patch.dict(dispatch.ROW_CROSSOVER, {}, clear=True),
+    ):
+        RouteCache.forget()
+        yield
+    RouteCache.forget()
 
 
 def ulps(dtype: torch.dtype, scale: float) -> float:
