@@ -40,14 +40,14 @@ class Loss(NamedTuple):
         hyper: the operation's record, one of the above.
         reduction: "none", "mean" or "sum".
         dtype: the dtype of the result.
-        grad_output: what the backward pass is expected to be given. A backend that can't look
-            at a grad_output before its kernels run is told 1.
+        grad_output: what the backward pass is expected to be given, None if that is unknown.
+            A backend that can't look at a grad_output before its kernels run is told 1 or None.
     """
 
     hyper: MSE | L1 | CrossEntropy
     reduction: str
     dtype: torch.dtype
-    grad_output: float = 1.0
+    grad_output: float | None = 1.0
 
 
 class SGD(NamedTuple):

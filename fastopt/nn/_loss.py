@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, ParamSpec
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn._reduction import get_enum
@@ -16,7 +17,8 @@ from .. import dispatch
 from ..dispatch import Decision, Request
 from ..errors import BackendUnavailable
 from ..kernels import hyper
-from ._fused import Habit, evaluate, is_released
+from ..kernels.layout import is_released, released_error
+from ._fused import Expected, evaluate
 
 # Names of their own, for what the smallest calls have to ask.
 is_compiling, tracing_state = torch.compiler.is_compiling, torch._C._get_tracing_state
@@ -33,11 +35,27 @@ _NUMBERS = (str, int, float, bool, type(None))
 
 
 class Call(NamedTuple):
-    """One call of a loss, analysed but not yet run."""
+    """One call of a loss, analysed but not yet run.
+
+    Attributes:
+        request: what the dispatcher has to know.
+        options: the call without its tensors.
+        tensors: None for one that wasn't given.
+        classes: of a softmax, else 0.
+    """
 
     request: Request
     options: hyper.Loss
     tensors: Tensors
+    classes: int
+
+    def kind(self) -> tuple[Any, ...]:
+        """What calls have in common that their backward passes are expected to agree for.
+
+        It has no sizes but the number of classes: another batch, or sequences of another
+        length, is no other kind.
+        """
+        return self.options, self.request.dtypes, self.classes
 
 
 def prepare(
@@ -48,6 +66,8 @@ def prepare(
     tensors: Tensors,
     special: list[str],
     row: int = 0,
+    classes: int = 0,
+    label: int | None = None,
 ) -> Call:
     """Summarise a call.
 
@@ -59,6 +79,8 @@ def prepare(
         tensors: its tensors, None for one that wasn't given; the first one is the input.
         special: what the operation itself knows to be beyond the compiled backends.
         row: of a softmax, its classes if they lie side by side.
+        classes: of a softmax.
+        label: which of the tensors has class indices, as its place.
     """
     input = tensors[0]
     assert input is not None
@@ -75,11 +97,15 @@ def prepare(
         if torch.float64 in dtypes:
             special.append("float64 under autocast, which leaves it alone")
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    numel = input.numel()
+    if type(numel) is not int:
+        special.append(f"{numel} elements, a symbol")
+        numel = row = classes = 0
     request = Request(
-        operation, device.type, dtypes, input.numel(), tuple(special), capability,
-        dispatch.insisted(), row,
+        operation, device.type, dtypes, numel, tuple(special), capability,
+        dispatch.insisted(), row, label,
     )  # fmt: skip
-    return Call(request, hyper.Loss(record, reduction, dtype), tensors)
+    return Call(request, hyper.Loss(record, reduction, dtype), tensors, classes)
 
 
 def autocasts(device: torch.device) -> bool:
@@ -100,10 +126,7 @@ def _add_circumstances(tensors: list[Tensor], special: list[str]) -> None:
         elif t._is_zerotensor():
             special.append("a tensor of zeros without memory")
         elif not ambience and is_released(t):  # under a transform tensors have no address
-            raise RuntimeError(  # some of torch's own code would end the process
-                f"a tensor of size {tuple(t.shape)} has no memory; its storage has "
-                f"{t.untyped_storage().nbytes()} bytes"
-            )
+            raise released_error("a tensor", t)  # some of torch's own code would end the process
         if t.device != device:
             special.append("tensors on different devices")
     special += ambience
@@ -133,6 +156,16 @@ def _has_function_mode() -> bool:
     )
 
 
+def _is_foreign(values: tuple[Any, ...]) -> bool:
+    """Whether a call is torch's for what its tensors are, or for what is around it.
+
+    Nothing need be asked of such tensors then: their sizes may be symbols, on which to decide
+    would narrow a trace, or not be known yet.
+    """
+    foreign = any(isinstance(v, Tensor) and type(v) not in _PLAIN for v in values)
+    return foreign or bool(_ambience())
+
+
 class _Settled(NamedTuple):
     """A call's analysis, for all calls of the same metadata.
 
@@ -140,19 +173,19 @@ class _Settled(NamedTuple):
         backend: the one to serve it, None for the reference.
         options: the call without its tensors.
         places: where the arguments have each of the call's tensors; None for one not given.
-        habit: of their backward passes.
+        expected: of their backward passes.
     """
 
     backend: Any
     options: hyper.Loss
     places: tuple[int | None, ...]
-    habit: Habit
+    expected: Expected
 
     def serve(self, values: tuple[Any, ...]) -> Tensor | None:
         if self.backend is None:
             return None
         tensors = tuple([None if k is None else values[k] for k in self.places])
-        return evaluate(self.backend, self.options, self.habit, tensors)
+        return evaluate(self.backend, self.options, self.expected, tensors)
 
 
 class _Memory:
@@ -163,6 +196,7 @@ class _Memory:
 
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], _Settled] = {}
+        self._expected: dict[tuple[Any, ...], Expected] = {}
         self._all.append(self)
 
     @classmethod
@@ -171,6 +205,7 @@ class _Memory:
         dispatch.choose.cache_clear()
         for memory in cls._all:
             memory._known.clear()
+            memory._expected.clear()
 
     def find(self, key: tuple[Any, ...] | None) -> _Settled | None:
         return None if key is None else self._known.get(key)
@@ -187,13 +222,19 @@ class _Memory:
             None if t is None else next(k for k, v in enumerate(values) if v is t)
             for t in call.tensors
         ]
-        settled = _Settled(backend, call.options, tuple(places), Habit())
+        settled = _Settled(backend, call.options, tuple(places), self._expect(name, call))
         given = [k for k in places if k is not None]
         if key is not None and len(set(given)) == len(given):  # else places are not the arguments'
             if len(self._known) >= self.LIMIT:
                 self._known.clear()
             self._known[key] = settled
         return settled
+
+    def _expect(self, backend: str, call: Call) -> Expected:
+        """What the backward passes of calls like this one have asked a backend for."""
+        if len(self._expected) >= self.LIMIT:
+            self._expected.clear()
+        return self._expected.setdefault((backend, *call.kind()), Expected())
 
 
 def _key(names: Any, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -214,7 +255,7 @@ def _key(names: Any, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
             device = value.device
             key += (value.shape, value.stride(), value.dtype, device, value.requires_grad)
             key.append(autocasts(device))
-        elif kind in _NUMBERS:
+        elif kind in _NUMBERS or isinstance(value, np.number):
             key += (kind, value)
         else:
             return None
@@ -256,11 +297,13 @@ def loss_function(
             key = _key(kwargs, values)
             settled = memory.find(key)
             if settled is None:
+                if (tracer := _tracer(*values)) is not None:
+                    node: Tensor = tracer.create_proxy("call_function", function, args, kwargs)
+                    return node
+                if key is None and insisted() is None and _is_foreign(values):
+                    return fallback(*args, **kwargs)
                 call = unseen(*args, **kwargs)
                 if call is None:
-                    if (tracer := _tracer(*values)) is not None:
-                        node: Tensor = tracer.create_proxy("call_function", function, args, kwargs)
-                        return node
                     return fallback(*args, **kwargs)
                 try:
                     settled = memory.settle(key, call, values)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch._C import _nn
-from torch.nn import functional as F
 
-from ..kernels import hyper
+from ..kernels import hyper, reference
 from ..kernels.layout import class_axis
-from ..kernels.reference import out_of_bounds
 from ._loss import REDUCTIONS, Call, LossModule, autocasts, loss_function, prepare
 
 __all__ = ["CrossEntropyLoss", "cross_entropy"]
 
-_LABELS = (torch.int64, torch.uint8)
+_native = reference.NATIVE[reference.cross_entropy]
 
 
 def _analyse(
@@ -32,6 +30,10 @@ def _analyse(
     if not all(isinstance(t, Tensor) for t in (input, target) + (weight,) * (weight is not None)):
         return None
     special = []
+    if isinstance(label_smoothing, np.number):
+        label_smoothing = label_smoothing.item()
+    if isinstance(ignore_index, np.integer):
+        ignore_index = ignore_index.item()
     if size_average is not None or reduce is not None:
         special.append("the deprecated size_average or reduce")
     if type(label_smoothing) not in (float, int) or not 0.0 <= label_smoothing <= 1.0:
@@ -47,8 +49,6 @@ def _analyse(
         special += _probability_specials(input, target, ignore_index)
     elif target.shape != input.shape[:1] * (input.dim() > 1) + input.shape[2:]:
         special.append(f"sizes {tuple(input.shape)} and {tuple(target.shape)}")
-    elif target.dtype not in _LABELS:
-        special.append(f"a target of dtype {target.dtype}")
     if target.dtype == torch.uint8 and input.dim() > 2:
         special.append("uint8 targets of more than rows, which torch refuses")
     if weight is not None:
@@ -63,8 +63,10 @@ def _analyse(
     record = hyper.CrossEntropy(ignore_index, label_smoothing)
     row = axis.classes if axis is not None and axis.class_stride == 1 else 0
     return prepare(
-        "cross_entropy", record, reduction, input.dtype, (input, target, weight), special, row
-    )
+        "cross_entropy", record, reduction, input.dtype, (input, target, weight), special, row,
+        classes=0 if axis is None else axis.classes,
+        label=None if target.is_floating_point() else 1,
+    )  # fmt: skip
 
 
 def _probability_specials(input: Tensor, target: Tensor, ignore_index: int) -> list[str]:
@@ -105,23 +107,21 @@ def _torch_cross_entropy(
             and not torch._C._len_torch_function_stack()
         ):
             number: Any = REDUCTIONS[reduction]
-            return _nn.cross_entropy_loss(
-                input, target, weight, number, ignore_index, label_smoothing
-            )
-        return F.cross_entropy(
+            return _native(input, target, weight, number, ignore_index, label_smoothing)
+        return reference.cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
     except IndexError as error:
         if "out of bounds" not in str(error):
             raise
         classes = input.shape[min(1, input.dim() - 1)]
-        raise out_of_bounds(target, classes, ignore_index) from None
+        raise reference.out_of_bounds(target, classes, ignore_index) from None
 
 
 _torch_cross_entropy.__qualname__ = "cross_entropy"  # for Python's errors about arguments
 
 
-@loss_function(_analyse, F.cross_entropy, _torch_cross_entropy)
+@loss_function(_analyse, reference.cross_entropy, _torch_cross_entropy)
 def cross_entropy(
     input: Tensor,
     target: Tensor,

@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _nn
-from torch.nn import functional as F
 
-from ..kernels import hyper
+from ..kernels import hyper, reference
 from . import _pointwise
 from ._loss import LossModule, loss_function
 
@@ -18,8 +16,8 @@ __all__ = ["L1Loss", "l1_loss"]
 
 @loss_function(
     _pointwise.analyser("l1_loss", hyper.L1()),
-    F.l1_loss,
-    _pointwise.direct(F.l1_loss, _nn.l1_loss),
+    reference.l1_loss,
+    _pointwise.direct(reference.l1_loss),
 )
 def l1_loss(
     input: Tensor,

@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _nn
-from torch.nn import functional as F
 
-from ..kernels import hyper
+from ..kernels import hyper, reference
 from . import _pointwise
 from ._loss import LossModule, loss_function
 
@@ -18,8 +16,8 @@ __all__ = ["MSELoss", "mse_loss"]
 
 @loss_function(
     _pointwise.analyser("mse_loss", hyper.MSE()),
-    F.mse_loss,
-    _pointwise.direct(F.mse_loss, _nn.mse_loss),
+    reference.mse_loss,
+    _pointwise.direct(reference.mse_loss),
 )
 def mse_loss(
     input: Tensor,

@@ -109,25 +109,26 @@ def _empty_grad(tensor: torch.Tensor, need: bool) -> torch.Tensor | None:
 
 def forward(
     options: hyper.Loss, tensors: tuple[torch.Tensor, ...], needs: tuple[bool, ...]
-) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...] | None, None]:
-    """The loss, and its gradients for the grad_output expected (None where that has no number)."""
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...] | None, tuple[()]]:
+    """The loss, and its gradients for the grad_output expected; None if there is none."""
     input, target = tensors
     if options.reduction == "none":
         values = torch.empty_like(input, dtype=options.dtype)
         _run(options, 1.0, input, target, values, None, None, None, None, None)
-        return values, None, None
-    grads = tuple(map(_empty_grad, tensors, needs))
+        return values, None, ()
+    left = options.grad_output is not None and any(needs)
+    grads = tuple(map(_empty_grad, tensors, needs)) if left else (None, None)
     sums = input.new_empty(-(-input.numel() // CHUNK), dtype=torch.float64)
     loss = input.new_empty((), dtype=options.dtype)
-    _run(options, options.grad_output, input, target, None, *grads, None, sums, loss)
-    return loss, grads if any(needs) else None, None
+    _run(options, options.grad_output or 0.0, input, target, None, *grads, None, sums, loss)
+    return loss, grads if left else None, ()
 
 
 def backward(
     options: hyper.Loss,
     tensors: tuple[torch.Tensor, ...],
     grads: tuple[torch.Tensor | None, ...] | None,
-    kept: None,
+    kept: tuple[()],
     grad_output: torch.Tensor,
     needs: tuple[bool, ...],
 ) -> tuple[torch.Tensor | None, ...]:

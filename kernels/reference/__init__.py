@@ -1,7 +1,8 @@
 """Torch itself: any device, any dtype, any order of derivative. The semantics.
 
 The other backends fall back to it, take second derivatives from it, and are tested
-against it.
+against it. Its functions are bound here, once, and taken from here everywhere: a user may put
+fastopt's functions in the place of torch's, and they would then call themselves.
 """
 
 from __future__ import annotations
@@ -10,11 +11,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn import functional as F
+from torch._C import _nn
+from torch.nn.functional import cross_entropy, l1_loss, mse_loss
 
 from .. import hyper
 
-__all__ = ["loss", "out_of_bounds"]
+__all__ = ["NATIVE", "cross_entropy", "l1_loss", "loss", "mse_loss", "out_of_bounds"]
+
+#: What torch's functions call in the end, its own code in C++.
+NATIVE: dict[Callable[..., torch.Tensor], Callable[..., torch.Tensor]] = {
+    cross_entropy: _nn.cross_entropy_loss,
+    l1_loss: _nn.l1_loss,
+    mse_loss: _nn.mse_loss,
+}
 
 
 def loss(options: hyper.Loss, tensors: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
@@ -33,16 +42,14 @@ def loss(options: hyper.Loss, tensors: tuple[torch.Tensor | None, ...]) -> torch
 
 def _cross_entropy(options: hyper.Loss, input: Any, target: Any, weight: Any) -> torch.Tensor:
     assert isinstance(options.hyper, hyper.CrossEntropy)
-    return F.cross_entropy(
+    return cross_entropy(
         input, target, weight, reduction=options.reduction, **options.hyper._asdict()
     )
 
 
 _LOSSES: dict[type, Callable[..., torch.Tensor]] = {
-    hyper.MSE: lambda options, input, target: F.mse_loss(
-        input, target, reduction=options.reduction
-    ),
-    hyper.L1: lambda options, input, target: F.l1_loss(input, target, reduction=options.reduction),
+    hyper.MSE: lambda options, input, target: mse_loss(input, target, reduction=options.reduction),
+    hyper.L1: lambda options, input, target: l1_loss(input, target, reduction=options.reduction),
     hyper.CrossEntropy: _cross_entropy,
 }
 

@@ -133,28 +133,28 @@ def _empty_grads(
 
 def forward(
     options: hyper.Loss, tensors: tuple[torch.Tensor, ...], needs: tuple[bool, ...]
-) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...] | None, None]:
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...] | None, tuple[()]]:
     """The loss, and its gradients for a grad_output of 1 or None."""
     input = tensors[0]
     if options.reduction == "none":
         values = torch.empty_like(input, dtype=options.dtype)
         _run(options, tensors, (None, None), values)
-        return values, None, None
+        return values, None, ()
     grads = None
-    if any(needs) and input.dtype != torch.float16:
+    if any(needs) and options.grad_output is not None and input.dtype != torch.float16:
         grads = _empty_grads(tensors, needs)
     programs = _programs(input.numel())
     partials = reduction.empty_partials(programs, input, options.dtype)
     _run(options, tensors, grads or (None, None), partials=partials)
     loss = reduction.reduce(partials, options.dtype, divisor=_divisor(options, input))
-    return loss, grads, None
+    return loss, grads, ()
 
 
 def backward(
     options: hyper.Loss,
     tensors: tuple[torch.Tensor, ...],
     grads: tuple[torch.Tensor | None, ...] | None,
-    kept: None,
+    kept: tuple[()],
     grad_output: torch.Tensor,
     needs: tuple[bool, ...],
 ) -> tuple[torch.Tensor | None, ...]:
