@@ -56,9 +56,9 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
         raise ValueError(f"to={to!r} (supported: 'fastopt', 'torch')")
     if isinstance(subject, Optimizer):
         if not (to == "fastopt" and isinstance(subject, PlannedStep)):  # a subclass of ours, too
-            _convert_optimizer(subject, _twins(optim, torch.optim, to))
+            _convert_optimizer(subject, _twins(optim, to))
     elif isinstance(subject, torch.nn.Module):
-        _convert_modules(subject, _twins(nn, torch.nn, to), to)
+        _convert_modules(subject, _twins(nn, to), to)
     else:
         raise TypeError(
             f"cannot convert an object of {_name(type(subject))} "
@@ -67,10 +67,15 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
     return subject
 
 
-def _twins(ours: ModuleType, theirs: ModuleType, to: str) -> _Twins:
-    classes = {n: getattr(ours, n) for n in ours.__all__ if isinstance(getattr(ours, n), type)}
-    twins = {getattr(theirs, name): ours for name, ours in classes.items()}
-    return twins if to == "fastopt" else {ours: theirs for theirs, ours in twins.items()}
+def _twins(module: ModuleType, to: str) -> _Twins:
+    """Torch's classes are the bases of ours; torch may have ours under their names by now."""
+    found = [getattr(module, name) for name in module.__all__]
+    pairs = [(kind, _torchs(kind)) for kind in found if isinstance(kind, type)]
+    return {theirs: ours for ours, theirs in pairs} if to == "fastopt" else dict(pairs)
+
+
+def _torchs(kind: type) -> type:
+    return next(base for base in kind.__bases__ if base.__name__ == kind.__name__)
 
 
 def _name(kind: type) -> str:

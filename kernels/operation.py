@@ -136,11 +136,11 @@ class Options(NamedTuple):
         record: the operation's.
         reduction: "none", "mean", "sum" or "batchmean".
         dtype: the dtype of the result.
-        grad_output: what the backward pass is expected to be given. A backend that can't look
-            at a grad_output before its kernels run is told 1.
+        grad_output: what the backward pass is expected to be given, None if that is unknown.
+            A backend that can't look at a grad_output before its kernels run is told 1 or None.
     """
 
     record: Operation
     reduction: str
     dtype: torch.dtype
-    grad_output: float = 1.0
+    grad_output: float | None = 1.0
