@@ -74,6 +74,8 @@ class Elementwise(Operation):
         reductions: those it has.
         integers: the operands that may be integers.
         constants: the operands that have no derivative in torch, either.
+        domains: what the numbers of an operand are, where not any: "unit" for 0 to 1, "positive",
+            "sign" for 1 or -1, "log" for logarithms of probabilities.
         same_sizes, same_dtypes: whether the first two operands have to be of one size, and all
             operands of one dtype.
         weighted_as_input: whether the other operands have to be of the first one's size.
@@ -88,6 +90,7 @@ class Elementwise(Operation):
     reductions: ClassVar[tuple[str, ...]] = ("none", "mean", "sum")
     integers: ClassVar[tuple[str, ...]] = ()
     constants: ClassVar[tuple[str, ...]] = ()
+    domains: ClassVar[dict[str, str]] = {}
     same_sizes: ClassVar[bool] = False
     same_dtypes: ClassVar[bool] = False
     weighted_as_input: ClassVar[bool] = False
