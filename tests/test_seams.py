@@ -160,12 +160,12 @@ def test_torchs_classes_replaced_by_ours(monkeypatch: pytest.MonkeyPatch) -> Non
             (torch.nn, fastopt.nn) if name.endswith("Loss") else (torch.optim, fastopt.optim)
         )
         monkeypatch.setattr(package, name, getattr(mine, name))
-        subject = kind() if package is torch.nn else kind([torch.zeros(3)], lr=0.1)
-        assert type(fastopt.convert(subject)) is getattr(mine, name)
-        assert type(fastopt.convert(subject, to="torch")) is kind
-        assert type(fastopt.convert(getattr(package, name)([torch.zeros(3)], lr=0.1)
-                                    if package is torch.optim else getattr(package, name)(),
-                                    to="torch")) is kind  # fmt: skip
+        given: dict[str, Any] = {}
+        if package is torch.optim:
+            given = {"params": [torch.zeros(3)], "lr": 0.1}
+        for subject in (kind(**given), getattr(package, name)(**given)):
+            assert type(fastopt.convert(subject)) is getattr(mine, name)
+            assert type(fastopt.convert(subject, to="torch")) is kind
 
 
 # -- dtypes by their place ---------------------------------------------------------------------

@@ -222,7 +222,8 @@ class _Memory:
             None if t is None else next(k for k, v in enumerate(values) if v is t)
             for t in call.tensors
         ]
-        settled = _Settled(backend, call.options, tuple(places), self._expect(name, call))
+        expected = Expected() if backend is None else self._expect(name, call)
+        settled = _Settled(backend, call.options, tuple(places), expected)
         given = [k for k in places if k is not None]
         if key is not None and len(set(given)) == len(given):  # else places are not the arguments'
             if len(self._known) >= self.LIMIT:
