@@ -10,6 +10,7 @@ made, nobody can see the memory.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -45,10 +46,8 @@ def kept_bytes() -> int:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # no such call on this system
         memory = 16 << 30
-    try:
+    with contextlib.suppress(OSError, ValueError):  # where there is no such limit
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no such limit
-        pass
     return memory // 8
 
 
@@ -115,7 +114,9 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 def _share(owner: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """A tensor on the owner's storage, and no view of the owner to autograd."""
-    return torch.empty(0, dtype=dtype, device="cpu").set_(owner, 0, shape)
+    tensor = torch.empty(0, dtype=dtype, device="cpu")
+    tensor.set_(owner, 0, shape)  # type: ignore[call-overload]
+    return tensor
 
 
 def _take(size: int) -> _Buffer | None:
@@ -151,7 +152,8 @@ def _holders(tensor: torch.Tensor) -> int:
 
     It must not be asked through a storage in Python, which would count for ever after.
     """
-    count: int = torch._C._storage_Use_Count(torch._C._storage_address(tensor))
+    storage = torch._C._storage_address(tensor)  # type: ignore[attr-defined]
+    count: int = torch._C._storage_Use_Count(storage)
     return count
 
 
