@@ -1,0 +1,78 @@
+"""What there is around a step, or inside of one, that only torch's own code follows."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.optim import Optimizer
+from torch.utils._device import DeviceContext
+
+__all__ = ["circumstances", "torchs_parts"]
+
+
+class Parts(NamedTuple):
+    """What torch's step of an optimizer is made of, as it was when fastopt was imported.
+
+    Attributes:
+        methods: what it calls of the optimizer, which a subclass may override.
+        functions: what it calls of its module, which anyone may replace.
+        module: the names of that module.
+    """
+
+    methods: tuple[tuple[str, Any], ...]
+    functions: tuple[tuple[str, Any], ...]
+    module: dict[str, Any]
+
+
+@functools.cache
+def torchs_parts(operation: str) -> Parts:
+    """The parts of an optimizer's step in torch."""
+    twin: type[Optimizer] = getattr(torch.optim, operation)
+    methods: dict[str, Any] = {}
+    names = list(_names(twin.step))
+    for name in names:  # grows: what is called by what is called
+        method = getattr(twin, name, None)
+        if callable(method) and name not in methods:
+            methods[name] = method
+            names += _names(method)
+    module = inspect.unwrap(twin.step).__globals__
+    functions = {n: module[n] for n in _names(twin.step) if inspect.isfunction(module.get(n))}
+    return Parts(tuple(methods.items()), tuple(functions.items()), module)
+
+
+def _names(function: Callable[..., Any]) -> tuple[str, ...]:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return code.co_names if code is not None else ()
+
+
+def circumstances(optimizer: Any) -> tuple[str, ...]:
+    """Why torch's own step has to be taken, in words; most often nothing."""
+    found = []
+    if torch._C._len_torch_function_stack() and _has_function_mode():
+        found.append("a torch function mode")
+    if torch._C._are_functorch_transforms_active():
+        found.append("a torch.func transform")
+    if torch.autograd.forward_ad._current_level >= 0:
+        found.append("forward-mode differentiation")
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        found.append("tracing")
+    kind, parts, own = type(optimizer), torchs_parts(optimizer._operation), vars(optimizer)
+    for name, method in parts.methods:
+        if getattr(kind, name, None) is not method or name in own:
+            found.append(f"a {name} of its own")
+    for name, function in parts.functions:
+        if parts.module.get(name) is not function:
+            found.append(f"another {name} in {parts.module['__name__']} than torch's")
+    return tuple(found)
+
+
+def _has_function_mode() -> bool:
+    """Whether a mode wants to see torch's functions; torch.set_default_device is none of them."""
+    return any(
+        type(torch._C._get_function_stack_at(k)) is not DeviceContext
+        for k in range(torch._C._len_torch_function_stack())
+    )
