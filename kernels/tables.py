@@ -14,8 +14,9 @@ __all__ = ["Launch", "Tables", "Traced"]
 #: of its gradient, of a gradient whether it is there; bytes of an element, and of all; where it is
 #: (0 where a step has nothing to do with it); and the address of the entry in Tables.addresses.
 OWNER, ITEMSIZE, BYTES, KNOWN, CELL = range(5)
-#: What it answers: make another plan; go on; go on if the memory of what is written is apart.
-DIFFERENT, SAME, MOVED = range(3)
+#: What it answers: something is of another kind, or overlaps; all is as before; memory has moved;
+#: other gradients are there. But for the first, all addresses are in their entries then.
+DIFFERENT, SAME, MOVED, OTHERS = range(4)
 #: The address of a tensor without elements, which nothing reads.
 EMPTY = 16
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..kernels.tables import DIFFERENT, OTHERS, SAME
 from ._bucket import Bucket, active, picker
 from ._kinds import Kind, group_specials, kind_of, option_names
 from ._memory import hold_storages, others_may_run, overlap, span
@@ -81,7 +82,6 @@ class StepPlan:
             states = [place_of[id(params[k])] for k in bucket.places] if bucket.names else []
             self._pickers.append((picker(bucket.places, len(params)), picker(states, len(keys))))
         self._proof = self._begin_proof(optimizer, params, [s.kind for s, _ in compiled])
-        self._changes = -1
         self._options = itemgetter(*option_names(optimizer._operation))
         self._flags = list(map(optimizer._flags, optimizer.param_groups))
         self._set_hypers(optimizer)
@@ -183,10 +183,12 @@ class StepPlan:
             else:
                 written = list(chain.from_iterable(b[1] for b in buckets))
                 present = list(chain.from_iterable(b[2] for b in buckets))
-            if not self._proof.holds(written, present):
+            answer = self._proof.look(written, present)
+            if answer == DIFFERENT or (answer != SAME and self._overlaps_options(optimizer)):
                 return None
-            if self._changes != self._proof.changes and not self._take_changes(optimizer):
-                return None
+            if first or answer == OTHERS:
+                for bucket in self._buckets:
+                    bucket.count_elements()
             if self.reference or others_may_run():
                 storages = hold_storages(written + present, self._proof.addresses())
         if storages is None or not self._has_these_options(optimizer):
@@ -206,18 +208,12 @@ class StepPlan:
             for group, place, kind in self._examined
         )
 
-    def _take_changes(self, optimizer: PlannedStep) -> bool:
-        """Take in that memory has moved; False where a hyperparameter lies in it."""
-        assert self._proof is not None
-        if not self._fixed:
-            tensors = chain.from_iterable(map(dict.values, optimizer.param_groups))
-            spans = [s for t in tensors if (s := span(t)) is not None]
-            if self._proof.overlaps(spans):
-                return False
-        for bucket in self._buckets:
-            bucket.count_elements()
-        self._changes = self._proof.changes
-        return True
+    def _overlaps_options(self, optimizer: PlannedStep) -> bool:
+        """Whether a hyperparameter lies in memory that the step writes to."""
+        if self._fixed or self._proof is None:
+            return False
+        values = chain.from_iterable(map(dict.values, optimizer.param_groups))
+        return self._proof.overlaps([s for v in values if (s := span(v)) is not None])
 
     def _has_these_options(self, optimizer: PlannedStep) -> bool:
         """Whether the groups' options ask for the same plan; new numbers are taken in."""

@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 
 from ..kernels.layout import is_released
-from ..kernels.tables import BYTES, CELL, DIFFERENT, EMPTY, ITEMSIZE, KNOWN, MOVED, OWNER, SAME
+from ..kernels.tables import (
+    BYTES,
+    CELL,
+    DIFFERENT,
+    EMPTY,
+    ITEMSIZE,
+    KNOWN,
+    MOVED,
+    OTHERS,
+    OWNER,
+    SAME,
+)
 
 __all__ = ["Proof", "increment_versions", "same_items"]
 
@@ -28,7 +39,7 @@ def _compiled() -> Any:
 
 
 class _Words(Protocol):
-    def look(self, written: list[Any], grads: list[Any], spans: int) -> int: ...
+    def look(self, written: list[Any], grads: list[Any]) -> int: ...
 
 
 class Proof:
@@ -36,9 +47,6 @@ class Proof:
 
     It may say no where nothing that matters has changed, never yes where something has. It keeps
     no tensor: each step hands over those that the optimizer has at that time.
-
-    Attributes:
-        changes: how often something has moved, or another set of gradients was there.
     """
 
     def __init__(
@@ -65,43 +73,21 @@ class Proof:
                 self._grads[ITEMSIZE, k] = dtype.itemsize
                 self._grads[BYTES, k] = dtype.itemsize * like.numel()
         self._written[KNOWN] = -1
-        self._spans, self._count = np.zeros((2, len(written)), np.int64), 0
-        self.changes = 0
+        self._spans, self._count = np.zeros((2, len(written)), np.int64), np.zeros(1, np.int64)
         make = _compiled().Words if _compiled() else _SlowWords
-        self._words: _Words = make(written, grads, self._written, self._grads, self._spans)
-
-    def holds(self, written: list[Any], grads: list[Any]) -> bool:
-        """Whether all are what they were, and what is written overlaps nothing else of a step.
-
-        New addresses are in their cells then: 0 for a gradient that is None and for what is left
-        alone with it.
-        """
-        answer = self._words.look(written, grads, self._count)
-        if answer == MOVED:
-            self.changes += 1
-            if not self._sort_spans():
-                return False
-            answer = self._words.look(written, grads, self._count)
-        return answer == SAME
+        words: _Words = make(
+            written, grads, self._written, self._grads, self._spans, self._count
+        )  # fmt: skip
+        #: What holds of a step's objects (written, grads), None for a gradient that isn't there.
+        self.look = words.look
 
     def addresses(self) -> np.ndarray:
         """Where a step's tensors are, of what is written and of the gradients."""
         return np.concatenate((self._written[KNOWN], self._grads[KNOWN]))
 
-    def _sort_spans(self) -> bool:
-        """Write down what memory this step writes to; whether it overlaps nowhere."""
-        begins, sizes = self._written[KNOWN], self._written[BYTES]
-        there = np.flatnonzero((begins != 0) & (sizes != 0))
-        there = there[np.argsort(begins[there])]
-        self._count = len(there)
-        starts, ends = self._spans[:, : len(there)]
-        starts[:] = begins[there]
-        ends[:] = starts + sizes[there]
-        return not (ends[:-1] > starts[1:]).any()
-
     def overlaps(self, spans: Sequence[tuple[int, int]]) -> bool:
         """Whether one of these has a byte of what the step writes to."""
-        starts, ends = self._spans[:, : self._count]
+        starts, ends = self._spans[:, : self._count[0]]
         return any(((starts < end) & (begin < ends)).any() for begin, end in spans)
 
 
@@ -117,16 +103,16 @@ class _SlowWords:
 
     def __init__(
         self, written: Sequence[Tensor], grads: Sequence[tuple[Tensor, torch.dtype | None]],
-        written_lines: np.ndarray, grad_lines: np.ndarray, spans: np.ndarray,
+        written_lines: np.ndarray, grad_lines: np.ndarray, spans: np.ndarray, count: np.ndarray,
     ) -> None:  # fmt: skip
-        self._lines, self._spans = (written_lines, grad_lines), spans
+        self._lines, self._spans, self._count = (written_lines, grad_lines), spans, count
         self._known = [_metadata(t, True) for t in written]
         self._expected = [_metadata(t, False, dtype) for t, dtype in grads]
 
-    def look(self, written: list[Any], grads: list[Any], spans: int) -> int:
+    def look(self, written: list[Any], grads: list[Any]) -> int:
         lines, grad_lines = self._lines
         present = np.array([g is not None for g in grads], np.int64)
-        answer = SAME if np.array_equal(present, grad_lines[OWNER]) else MOVED
+        answer = SAME if np.array_equal(present, grad_lines[OWNER]) else OTHERS
         grad_lines[OWNER] = present
         for i, tensor in enumerate(written):
             found = 0
@@ -137,10 +123,10 @@ class _SlowWords:
             if found != lines[KNOWN, i]:
                 lines[KNOWN, i] = found
                 ctypes.c_int64.from_address(int(lines[CELL, i])).value = found
-                answer = MOVED
-        if answer != SAME:
-            return answer
-        starts, ends = self._spans[:, :spans]
+                answer = max(answer, MOVED)
+        if answer != SAME and not self._sort_spans():
+            return DIFFERENT
+        starts, ends = self._spans[:, : self._count[0]]
         for k, tensor in enumerate(grads):
             found, size = 0, int(grad_lines[BYTES, k])
             if tensor is not None:
@@ -151,7 +137,18 @@ class _SlowWords:
                     return DIFFERENT
             grad_lines[KNOWN, k] = found
             ctypes.c_int64.from_address(int(grad_lines[CELL, k])).value = found
-        return SAME
+        return answer
+
+    def _sort_spans(self) -> bool:
+        """Write down what memory a step writes to, in order; whether it overlaps nowhere."""
+        begins, sizes = self._lines[0][KNOWN], self._lines[0][BYTES]
+        there = np.flatnonzero((begins != 0) & (sizes != 0))
+        there = there[np.argsort(begins[there])]
+        self._count[0] = len(there)
+        starts, ends = self._spans[:, : len(there)]
+        starts[:] = begins[there]
+        ends[:] = starts + sizes[there]
+        return not (ends[:-1] > starts[1:]).any()
 
 
 def _metadata(tensor: Any, written: bool, dtype: torch.dtype | None = None) -> Any:

@@ -12,7 +12,7 @@ import torch
 from numba.core import config, types
 from torch import Tensor
 
-from ..tables import BYTES, CELL, DIFFERENT, EMPTY, ITEMSIZE, KNOWN, MOVED, OWNER, SAME
+from ..tables import BYTES, CELL, DIFFERENT, EMPTY, ITEMSIZE, KNOWN, MOVED, OTHERS, OWNER, SAME
 from .compiler import locked_kernel, pointer, specialise
 from .pointer import at, load, store
 from .tensors import (
@@ -45,9 +45,40 @@ def overlap(starts: Any, ends: Any, spans: int, begin: int, size: int) -> bool:
 
 
 @locked_kernel
+def sort_spans(written: Any, writes: int, starts: Any, ends: Any, count: Any) -> bool:
+    """Write down what memory a step writes to, in order; whether it overlaps nowhere."""
+    spans = 0
+    for i in range(writes):
+        begin, size = load(written, KNOWN * writes + i), load(written, BYTES * writes + i)
+        if begin != 0 and size != 0:
+            store(starts, spans, begin)
+            store(ends, spans, begin + size)
+            spans += 1
+    store(count, 0, spans)
+    gap = 1
+    while 3 * gap < spans:
+        gap = 3 * gap + 1
+    while gap > 0:  # a shell sort
+        for i in range(gap, spans):
+            begin, end = load(starts, i), load(ends, i)
+            place = i
+            while place >= gap and load(starts, place - gap) > begin:
+                store(starts, place, load(starts, place - gap))
+                store(ends, place, load(ends, place - gap))
+                place -= gap
+            store(starts, place, begin)
+            store(ends, place, end)
+        gap //= 3
+    for i in range(spans - 1):  # noqa: SIM110 (compiled code has no generators)
+        if load(ends, i) > load(starts, i + 1):
+            return False
+    return True
+
+
+@locked_kernel
 def look_at(
     written_list: int, grads_list: int, none: int, writes: int, written: Any, words: Any,
-    tensors: int, grads: Any, grad_words: Any, starts: Any, ends: Any, spans: int, scratch: Any,
+    tensors: int, grads: Any, grad_words: Any, starts: Any, ends: Any, count: Any, scratch: Any,
     scratch_at: int, functions: Any, type_at: int, tensor_at: int, items_at: int,
 ) -> int:  # fmt: skip
     """What `Words.look` answers.
@@ -56,7 +87,7 @@ def look_at(
         written_list, grads_list, none: addresses of two lists and of None.
         written, grads: the lines of what is written and of the gradients.
         words, grad_words: what is known of them.
-        starts, ends: the spans of memory that is written.
+        starts, ends, count: the spans of memory that is written, and their number.
     """
     items = at(grads, load(at(grads, grads_list + items_at), 0))
     answer = SAME
@@ -64,7 +95,7 @@ def look_at(
         present = 0 if load(items, g) == none else 1
         if present != load(grads, OWNER * tensors + g):
             store(grads, OWNER * tensors + g, present)
-            answer = MOVED
+            answer = OTHERS
     things, place = at(written, load(at(written, written_list + items_at), 0)), 0
     for i in range(writes):
         found = 0  # as of all whose parameter has no gradient, which a step leaves alone
@@ -84,11 +115,11 @@ def look_at(
         if found != load(written, KNOWN * writes + i):
             store(written, KNOWN * writes + i, found)
             store(at(written, load(written, CELL * writes + i)), 0, found)
-            answer = MOVED
+            answer = max(answer, MOVED)
         place += length(words, place)
-    if answer != SAME:  # the spans are not those of this step
-        return answer
-    place = 0
+    if answer != SAME and not sort_spans(written, writes, starts, ends, count):
+        return DIFFERENT
+    spans, place = load(count, 0), 0
     for g in range(tensors):
         found = 0
         if load(grads, OWNER * tensors + g) != 0:
@@ -108,7 +139,7 @@ def look_at(
         store(grads, KNOWN * tensors + g, found)
         store(at(grads, load(grads, CELL * tensors + g)), 0, found)
         place += length(grad_words, place)
-    return SAME
+    return answer
 
 
 class _Compiled:
@@ -121,7 +152,7 @@ class _Compiled:
         )
         self.look = specialise(
             look_at, number, number, number, number, index, index, number, index, index, index,
-            index, number, index, number, index, number, number, number,
+            index, index, index, number, index, number, number, number,
         )  # fmt: skip
         self.same_objects = specialise(same_objects, number, number, index, number)
         self.bump = specialise(
@@ -152,9 +183,9 @@ class Words:
 
     def __init__(
         self, written: Sequence[Tensor], grads: Sequence[tuple[Tensor, torch.dtype | None]],
-        written_lines: np.ndarray, grad_lines: np.ndarray, spans: np.ndarray,
+        written_lines: np.ndarray, grad_lines: np.ndarray, spans: np.ndarray, count: np.ndarray,
     ) -> None:  # fmt: skip
-        """Arguments as those of fastopt.optim._proof.Proof, and its lines and spans."""
+        """Arguments as those of fastopt.optim._proof.Proof, its lines, spans and their number."""
         asked = torch_functions()
         known, expected = (
             _record(written, INFERENCE + NEGATED),
@@ -166,29 +197,19 @@ class Words:
                 like = _record([torch.empty(0, dtype=dtype, device=tensor.device)], NEGATED)
                 expected[place], expected[place + 2] = like[0], like[2]
             place += WORDS + 2 * tensor.dim()
-        self._arrays = known, expected, written_lines, grad_lines, spans
-        self._before = (
-            len(written), written_lines.ctypes.data, known.ctypes.data, len(grads),
-            grad_lines.ctypes.data, expected.ctypes.data, spans[0].ctypes.data,
-            spans[1].ctypes.data,
-        )  # fmt: skip
+        self._arrays = known, expected, written_lines, grad_lines, spans, count
         scratch = asked.scratch.ctypes.data
-        self._after = (
-            scratch, scratch, asked.functions.ctypes.data, asked.type_at, asked.tensor_at,
-            asked.items_at,
+        self._arguments = (
+            id(None), len(written), written_lines.ctypes.data, known.ctypes.data, len(grads),
+            grad_lines.ctypes.data, expected.ctypes.data, spans[0].ctypes.data,
+            spans[1].ctypes.data, count.ctypes.data, scratch, scratch,
+            asked.functions.ctypes.data, asked.type_at, asked.tensor_at, asked.items_at,
         )  # fmt: skip
         self._look = _compiled().look
 
-    def look(self, written: list[Any], grads: list[Any], spans: int) -> int:
-        """DIFFERENT, SAME (then the gradients' addresses are in their cells), or MOVED.
-
-        Args:
-            written, grads: the step's objects, None for a gradient that isn't there.
-            spans: how many there are.
-        """
-        answer: int = self._look(
-            id(written), id(grads), id(None), *self._before, spans, *self._after
-        )
+    def look(self, written: list[Any], grads: list[Any]) -> int:
+        """What holds of a step's objects, None for a gradient that isn't there; see tables.py."""
+        answer: int = self._look(id(written), id(grads), *self._arguments)
         return answer
 
 
@@ -224,6 +245,10 @@ def available() -> bool:
         torch_functions()
     except (OSError, KeyError, AttributeError, LookupError):
         return False
+    return _are_right(_samples()) and _finds_addresses(_samples(), _samples())
+
+
+def _samples() -> list[Tensor]:
     with torch.inference_mode(False):
         samples = [
             torch.nn.Parameter(torch.empty(3, 4, device="cpu").t()),
@@ -233,7 +258,7 @@ def available() -> bool:
         ]
     with torch.inference_mode():
         samples.append(torch.empty(2, device="cpu"))
-    return _are_right(samples) and _finds_addresses(samples)
+    return samples
 
 
 def _are_right(samples: list[Tensor]) -> bool:
@@ -259,18 +284,16 @@ def _are_right(samples: list[Tensor]) -> bool:
     return same_items(samples, ids) and not same_items(samples[::-1], ids)
 
 
-def _finds_addresses(samples: list[Tensor]) -> bool:
-    count = len(samples)
+def _finds_addresses(written: list[Tensor], grads: list[Tensor]) -> bool:
+    count = len(written)
     lines, cells = np.zeros((2, 5, count), np.int64), np.zeros((2, count), np.int64)
-    for k in range(2):
-        lines[k][ITEMSIZE] = [t.itemsize for t in samples]
-        lines[k][BYTES] = [t.numel() * t.itemsize for t in samples]
+    for k, tensors in enumerate((written, grads)):
+        lines[k][ITEMSIZE] = [t.itemsize for t in tensors]
+        lines[k][BYTES] = [t.numel() * t.itemsize for t in tensors]
         lines[k][CELL] = cells[k].ctypes.data + 8 * np.arange(count)
     lines[0][OWNER] = np.arange(count)
-    words = Words(
-        samples, [(t, None) for t in samples], lines[0], lines[1], np.zeros((2, count), np.int64)
-    )
-    if (words.look(samples, samples, 0), words.look(samples, samples, 0)) != (MOVED, SAME):
-        return False
-    expected = [t.data_ptr() if t.numel() else EMPTY for t in samples]
-    return cells.tolist() == [expected, expected]
+    spans = np.zeros((2, count), np.int64), np.zeros(1, np.int64)
+    words = Words(written, [(t, None) for t in grads], *lines, *spans)
+    answers = [words.look(written, grads) for _ in range(2)]
+    expected = [[t.data_ptr() if t.numel() else EMPTY for t in ts] for ts in (written, grads)]
+    return answers == [OTHERS, SAME] and bool(cells.tolist() == expected)
