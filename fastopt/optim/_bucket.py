@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import chain, islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,12 @@ def picker(places: Sequence[int], count: int) -> Callable[[list[Any]], list[Any]
         return lambda items: [items[place]]
     pick = itemgetter(*places)
     return lambda items: list(pick(items))
+
+
+def param_at(optimizer: PlannedStep, place: int) -> Tensor:
+    """The parameter at a place among those of all groups."""
+    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    return next(islice(params, place, None))
 
 
 def active(optimizer: PlannedStep, kind: Kind) -> list[str]:
@@ -63,13 +69,18 @@ class Bucket:
         begins = [id(m.param) in begun for m in members]
         self._begun = [m.place for m, begin in zip(members, begins, strict=True) if begin]
         self.fresh = any(begins)
-        keys = [(m.group, begin) for m, begin in zip(members, begins, strict=True)]
-        self._rows = sorted(set(keys))
         groups = optimizer.param_groups
+        # Where torch rounds what depends on the step, each parameter has numbers of its own.
+        alone = [optimizer._rounds(group) for group in groups]
+        keys = [
+            (m.group, begin, m.place if alone[m.group] else -1)
+            for m, begin in zip(members, begins, strict=True)
+        ]
+        self._rows = sorted(set(keys))
         # A step that a GradScaler skips must not count as a first one that has its own rule.
         self._begins_differently = any(
             begin and optimizer._hyper(groups[g], True) != optimizer._hyper(groups[g], False)
-            for g, begin in self._rows
+            for g, begin, _ in self._rows
         )
         self._finders = list(map(itemgetter, self.names))
         self._cuts: list[Any] | None = None
@@ -136,8 +147,13 @@ class Bucket:
         """Write the groups' hyperparameters into the launch's table."""
         table, traced, device = self._tables.hypers, self._tables.traced, self._tables.device
         traced.clear()
-        for row, (group, begins) in enumerate(self._rows):
-            values = optimizer._hyper(optimizer.param_groups[group], begins)
+        for row, (place, begins, owner) in enumerate(self._rows):
+            group = optimizer.param_groups[place]
+            if owner < 0:
+                values = optimizer._hyper(group, begins)
+            else:
+                step = optimizer.state[param_at(optimizer, owner)]["step"].item() + 1
+                values = optimizer._rounded_hyper(group, step)
             for field, value in enumerate(values):
                 if isinstance(value, Tensor) and value.device == device != _CPU:
                     traced.append(Traced(row, field, value))  # to read it would make the host wait

@@ -93,6 +93,8 @@ _LARGEST = float(np.finfo(np.float64).max)
 def _is_served(optimizer: PlannedStep, group: dict[str, Any], name: str, number: Any) -> bool:
     """Whether the kernels take a hyperparameter, of which torch takes more and refuses others."""
     if isinstance(number, (np.floating, np.integer)):
+        if type(number) is np.float16 and (name == "betas" or group.get("capturable")):
+            return False  # torch computes in half precision with it
         number = number.item()
     if isinstance(number, (float, int)):
         if name in optimizer._rates:

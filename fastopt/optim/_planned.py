@@ -60,12 +60,21 @@ class PlannedStep(Optimizer):
         """A group's hyperparameters as a record; begins: at the first step of a state."""
         raise NotImplementedError
 
+    def _rounds(self, group: Group) -> bool:
+        """Whether torch computes a step's numbers with NumPy's half precision."""
+        return False
+
+    def _rounded_hyper(self, group: Group, step: float) -> Any:
+        """For such a group the record of one parameter, whose step it is."""
+        raise NotImplementedError
+
     def _flags(self, group: Group) -> tuple[Any, ...]:
         """What decides how a group's parameters are sorted into buckets."""
         special = group_specials(self, group)
         if special:
             return special
-        return (*self._active(group), group.get("capturable"), group.get("fused"))
+        flags = group.get("capturable"), group.get("fused"), self._rounds(group)
+        return (*self._active(group), *flags)
 
     def _create_state(self, param: Tensor, group: Group, names: Iterable[str]) -> bool:
         """Add missing states to a parameter, as torch lays them out; whether any was missing."""

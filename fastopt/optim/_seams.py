@@ -37,7 +37,7 @@ def torchs_parts(operation: str) -> Parts:
     for name in names:  # grows: what is called by what is called
         method = getattr(twin, name, None)
         if callable(method) and name not in methods:
-            methods[name] = method
+            methods[name] = _without_dynamo(method)
             names += _names(method)
     module = inspect.unwrap(twin.step).__globals__
     functions = {n: module[n] for n in _names(twin.step) if inspect.isfunction(module.get(n))}
@@ -51,23 +51,31 @@ def _names(function: Callable[..., Any]) -> tuple[str, ...]:
 
 def circumstances(optimizer: Any) -> tuple[str, ...]:
     """Why torch's own step has to be taken, in words; most often nothing."""
-    found = []
+    reasons = []
     if torch._C._len_torch_function_stack() and _has_function_mode():
-        found.append("a torch function mode")
+        reasons.append("a torch function mode")
     if torch._C._are_functorch_transforms_active():
-        found.append("a torch.func transform")
+        reasons.append("a torch.func transform")
     if torch.autograd.forward_ad._current_level >= 0:
-        found.append("forward-mode differentiation")
+        reasons.append("forward-mode differentiation")
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
-        found.append("tracing")
+        reasons.append("tracing")
     kind, parts, own = type(optimizer), torchs_parts(optimizer._operation), vars(optimizer)
     for name, method in parts.methods:
-        if getattr(kind, name, None) is not method or name in own:
-            found.append(f"a {name} of its own")
+        found = getattr(kind, name, None)
+        if name in own or (found is not method and _without_dynamo(found) is not method):
+            reasons.append(f"a {name} of its own")
     for name, function in parts.functions:
         if parts.module.get(name) is not function:
-            found.append(f"another {name} in {parts.module['__name__']} than torch's")
-    return tuple(found)
+            reasons.append(f"another {name} in {parts.module['__name__']} than torch's")
+    return tuple(reasons)
+
+
+def _without_dynamo(function: Any) -> Any:
+    """A function without what the first torch.compile of a process wraps torch's own in."""
+    while (inner := getattr(function, "_torchdynamo_orig_callable", None)) is not None:
+        function = inner
+    return function
 
 
 def _has_function_mode() -> bool:
