@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ def picker(places: Sequence[int], count: int) -> Callable[[list[Any]], list[Any]
 
 def param_at(optimizer: PlannedStep, place: int) -> Tensor:
     """The parameter at a place among those of all groups."""
-    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    params: Iterator[Tensor] = chain.from_iterable(g["params"] for g in optimizer.param_groups)
     return next(islice(params, place, None))
 
 
@@ -96,8 +96,8 @@ class Bucket:
             counted_on_device=self._kind.counted_on_device,
         )
         lines = [0, *(optimizer._slots.index(n) + 1 if n != "step" else -1 for n in self.names)]
-        cells = self._tables.addresses.ctypes.data + 8 * np.arange(self._tables.addresses.size)
-        cells = cells.reshape(self._tables.addresses.shape)
+        entries = np.arange(self._tables.addresses.size).reshape(self._tables.addresses.shape)
+        cells = self._tables.addresses.ctypes.data + 8 * entries
         self.written_cells, self.grad_cells = cells[lines].ravel(), cells[-2]
         self._some = self._all = True  # of the gradients are there
         self._launch: Launch | None = None

@@ -24,7 +24,7 @@ from ..kernels.tables import DIFFERENT, OTHERS, SAME
 from ._bucket import Bucket, active, picker
 from ._kinds import Kind, group_specials, kind_of, option_names
 from ._memory import hold_storages, others_may_run, overlap, span
-from ._proof import Proof, same_items
+from ._proof import Proof, items_of
 from ._shards import local
 from ._sort import Share, Sorting, sort
 
@@ -64,7 +64,7 @@ class StepPlan:
         self._mode = _mode()
         sorting = sort(optimizer, known)  # may raise; nothing has been changed before
         params = _all_params(optimizer)
-        self._ids = np.fromiter(map(id, params), np.int64, len(params))
+        self._params = items_of(params)
         self._sizes = list(map(len, map(_params, optimizer.param_groups)))
         self._waiting = [m.place for m in sorting.waiting]
         self.kinds = {id(params[place]): kind for place, kind in sorting.kinds.items()}
@@ -75,7 +75,7 @@ class StepPlan:
         self._fresh = any(bucket.fresh for bucket in self._buckets)
         self._find_states = any(bucket.names for bucket in self._buckets)
         keys = list(optimizer.state)
-        self._keys = np.fromiter(map(id, keys), np.int64, len(keys))
+        self._keys = items_of(keys)
         place_of = {id(key): place for place, key in enumerate(keys)}
         self._pickers = []
         for bucket in self._buckets:
@@ -137,7 +137,7 @@ class StepPlan:
         """The buckets' tensors as `Found` has them; None if some are no longer there."""
         states: list[Any] = []
         if self._find_states:
-            if not same_items(list(optimizer.state), self._keys):
+            if not self._keys.are(list(optimizer.state)):
                 return None
             states = list(optimizer.state.values())
         found = []
@@ -164,7 +164,7 @@ class StepPlan:
         if (self._fresh and not first) or self._mode != _mode():
             return None
         params = _all_params(optimizer)
-        if not same_items(params, self._ids) or (
+        if not self._params.are(params) or (
             list(map(len, map(_params, optimizer.param_groups))) != self._sizes
         ):
             return None
@@ -256,9 +256,9 @@ class StepPlan:
         """
         done = 0
         try:
-            some = any(found.grads[place] is not None for place in self.reference)
-            if some and (found_inf is None or not found_inf.item()):
-                by_reference([found.params[place] for place in self.reference])
+            torchs = [place for place in self.reference if found.grads[place] is not None]
+            if torchs and (found_inf is None or not found_inf.item()):
+                by_reference([found.params[place] for place in torchs])
             for bucket in self._buckets:
                 bucket.run(optimizer, found.params, grad_scale, found_inf)
                 done += 1

@@ -25,7 +25,7 @@ from ..kernels.tables import (
     SAME,
 )
 
-__all__ = ["Proof", "increment_versions", "same_items"]
+__all__ = ["Items", "Proof", "increment_versions", "items_of"]
 
 
 @functools.cache
@@ -163,12 +163,26 @@ def _metadata(tensor: Any, written: bool, dtype: torch.dtype | None = None) -> A
     return kind, dtype, tensor.device, tensor.is_neg(), inference, tensor.shape, strides
 
 
-def same_items(things: list[Any], ids: np.ndarray) -> bool:
-    """Whether a list holds the objects of these ids, in this order."""
-    if _compiled():
-        same: bool = _compiled().same_items(things, ids)
-        return same
-    return list(map(id, things)) == ids.tolist()
+class Items(Protocol):
+    """Which objects a list had. It keeps none of them."""
+
+    def are(self, things: list[Any]) -> bool:
+        """Whether a list has these objects, in this order."""
+        ...
+
+
+def items_of(things: list[Any]) -> Items:
+    """What objects a list has now."""
+    items: Items = _compiled().Items(things) if _compiled() else _SlowItems(things)
+    return items
+
+
+class _SlowItems:
+    def __init__(self, things: list[Any]) -> None:
+        self._ids = list(map(id, things))
+
+    def are(self, things: list[Any]) -> bool:
+        return list(map(id, things)) == self._ids
 
 
 def increment_versions(tensors: list[Tensor]) -> None:

@@ -8,10 +8,20 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 from torch.optim import Optimizer
 from torch.utils._device import DeviceContext
 
 __all__ = ["circumstances", "torchs_parts"]
+
+
+# Names of their own, for what every step has to ask.
+_function_modes, _dispatch_modes = (
+    torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
+)  # fmt: skip
+_transforms, _tracing_state = (
+    torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+)  # fmt: skip
 
 
 class Parts(NamedTuple):
@@ -52,13 +62,13 @@ def _names(function: Callable[..., Any]) -> tuple[str, ...]:
 def circumstances(optimizer: Any) -> tuple[str, ...]:
     """Why torch's own step has to be taken, in words; most often nothing."""
     reasons = []
-    if torch._C._len_torch_function_stack() and _has_function_mode():
+    if _function_modes() and _has_function_mode():
         reasons.append("a torch function mode")
-    if torch._C._are_functorch_transforms_active():
+    if _transforms():
         reasons.append("a torch.func transform")
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         reasons.append("forward-mode differentiation")
-    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+    if _dispatch_modes() or _tracing_state() is not None:
         reasons.append("tracing")
     kind, parts, own = type(optimizer), torchs_parts(optimizer._operation), vars(optimizer)
     for name, method in parts.methods:
@@ -82,5 +92,5 @@ def _has_function_mode() -> bool:
     """Whether a mode wants to see torch's functions; torch.set_default_device is none of them."""
     return any(
         type(torch._C._get_function_stack_at(k)) is not DeviceContext
-        for k in range(torch._C._len_torch_function_stack())
+        for k in range(_function_modes())
     )

@@ -28,7 +28,7 @@ from .tensors import (
     torch_functions,
 )
 
-__all__ = ["Words", "available", "increment_versions", "same_items"]
+__all__ = ["Items", "Words", "available", "increment_versions"]
 
 
 @locked_kernel
@@ -213,14 +213,27 @@ class Words:
         return answer
 
 
-def same_items(things: list[Any], ids: np.ndarray) -> bool:
-    """Whether a list holds the objects of these ids, in this order."""
-    if len(things) != len(ids):
-        return False
-    same: bool = _compiled().same_objects(
-        id(things), torch_functions().items_at, ids.ctypes.data, len(ids)
-    )
-    return same
+class Items:
+    """Which objects a list had. It keeps none of them."""
+
+    def __init__(self, things: list[Any]) -> None:
+        self._ids = np.fromiter(map(id, things), np.int64, len(things))
+        self._arguments = torch_functions().items_at, self._ids.ctypes.data, len(things)
+        self._same = _compiled().same_objects
+
+    def are(self, things: list[Any]) -> bool:
+        """Whether a list has these objects, in this order."""
+        same: bool = len(things) == self._arguments[2] and self._same(id(things), *self._arguments)
+        return same
+
+
+@functools.cache
+def _bump_arguments() -> tuple[int, ...]:
+    asked = torch_functions()
+    return (
+        asked.bump, asked.functions.ctypes.data, asked.type_at, asked.tensor_at, id(Tensor),
+        id(torch.nn.Parameter),
+    )  # fmt: skip
 
 
 def increment_versions(tensors: list[Tensor]) -> bool:
@@ -228,11 +241,8 @@ def increment_versions(tensors: list[Tensor]) -> bool:
 
     Torch's function ends the process if a tensor has none, as those of inference mode.
     """
-    asked = torch_functions()
-    done: bool = _compiled().bump(
-        id(tensors), asked.items_at, len(tensors), asked.bump, asked.functions.ctypes.data,
-        asked.type_at, asked.tensor_at, id(Tensor), id(torch.nn.Parameter),
-    )  # fmt: skip
+    items_at, count = torch_functions().items_at, len(tensors)
+    done: bool = _compiled().bump(id(tensors), items_at, count, *_bump_arguments())
     return done
 
 
@@ -280,8 +290,8 @@ def _are_right(samples: list[Tensor]) -> bool:
         return False
     if [t._version for t in samples[:-1]] != [version + 1 for version in before]:
         return False
-    ids = np.fromiter(map(id, samples), np.int64, len(samples))
-    return same_items(samples, ids) and not same_items(samples[::-1], ids)
+    items = Items(samples)
+    return items.are(samples) and not items.are(samples[::-1]) and not items.are(samples[1:])
 
 
 def _finds_addresses(written: list[Tensor], grads: list[Tensor]) -> bool:
@@ -293,7 +303,7 @@ def _finds_addresses(written: list[Tensor], grads: list[Tensor]) -> bool:
         lines[k][CELL] = cells[k].ctypes.data + 8 * np.arange(count)
     lines[0][OWNER] = np.arange(count)
     spans = np.zeros((2, count), np.int64), np.zeros(1, np.int64)
-    words = Words(written, [(t, None) for t in grads], *lines, *spans)
+    words = Words(written, [(t, None) for t in grads], lines[0], lines[1], *spans)
     answers = [words.look(written, grads) for _ in range(2)]
     expected = [[t.data_ptr() if t.numel() else EMPTY for t in ts] for ts in (written, grads)]
     return answers == [OTHERS, SAME] and bool(cells.tolist() == expected)
