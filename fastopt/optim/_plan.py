@@ -164,9 +164,7 @@ class StepPlan:
         if (self._fresh and not first) or self._mode != _mode():
             return None
         params = _all_params(optimizer)
-        if not self._params.are(params) or (
-            list(map(len, map(_params, optimizer.param_groups))) != self._sizes
-        ):
+        if not self._params.are(params) or not self._has_these_groups(optimizer.param_groups):
             return None
         grads = list(map(_grad, params))
         if self._waiting and any(grads[place] is not None for place in self._waiting):
@@ -194,6 +192,12 @@ class StepPlan:
         if storages is None or not self._has_these_options(optimizer):
             return None
         return Found(params, grads, buckets, storages)
+
+    def _has_these_groups(self, groups: list[dict[str, Any]]) -> bool:
+        """Whether the same parameters are in groups of the same sizes."""
+        if len(groups) == len(self._sizes) == 1:
+            return True
+        return list(map(len, map(_params, groups))) == self._sizes
 
     def _is_still_torchs(
         self, optimizer: PlannedStep, params: list[Tensor], grads: list[Tensor | None]

@@ -109,6 +109,9 @@ def sort(
         members = sorted(members + absent.pop(kind, []), key=lambda m: m.place)
         shares.append(Share(kind, dispatch.choose(_request(optimizer, kind, members)), members))
     for kind, members in absent.items():
+        if not any(id(m.param) in known or optimizer.state.get(m.param) for m in members):
+            waiting += members  # no backend need be loaded yet
+            continue
         try:
             decision = dispatch.choose(_request(optimizer, kind, members))
         except BackendUnavailable:  # to be raised when there is something to update
