@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import BACKEND
+from cases import BACKEND, INTERPRETED
 from race import EACH, Race, give_grads, options_of, parameters
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -33,6 +33,8 @@ COMMON: dict[str, dict[str, Any]] = {
     "AdamW": {"lr": 0.1},
     "RMSprop": {"lr": 0.1, "momentum": 0.5, "centered": True},
 }
+#: Enough that a kernel runs for a while; the interpreter needs no more than a few for that.
+MANY, STEPS = (300, 5) if INTERPRETED else (60_000, 60)
 EVERY = pytest.mark.parametrize("name", COMMON)
 
 
@@ -410,7 +412,7 @@ def together(*works: Callable[[], None]) -> None:
 @EVERY
 def test_two_threads_step_one_optimizer(name: str) -> None:
     """Each step is a whole one: as many as were taken, whoever took them."""
-    params = [Parameter(torch.zeros(n)) for n in (50_000, 3)]
+    params = [Parameter(torch.zeros(n)) for n in (MANY, 3)]
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer = getattr(fastopt.optim, name)(params, **COMMON[name] | {"lr": 2.0**-7})
@@ -418,7 +420,7 @@ def test_two_threads_step_one_optimizer(name: str) -> None:
 
     def steps(k: int) -> Callable[[], None]:
         def work() -> None:
-            for _ in range(25):
+            for _ in range(STEPS // 2):
                 optimizer.step()
                 counts[k] += 1
 
@@ -474,7 +476,7 @@ def test_what_a_launch_reads_is_held(name: str, monkeypatch: pytest.MonkeyPatch)
 @EVERY
 def test_memory_taken_away_while_a_step_runs(name: str) -> None:
     """Gradients and states replaced and parameters rebound by another thread, over and over."""
-    params = [Parameter(torch.zeros(60_000)) for _ in range(4)]
+    params = [Parameter(torch.zeros(MANY)) for _ in range(4)]
     optimizer = getattr(fastopt.optim, name)(params, **COMMON[name] | {"lr": 1e-3})
     for p in params:
         p.grad = torch.ones_like(p)
@@ -483,15 +485,15 @@ def test_memory_taken_away_while_a_step_runs(name: str) -> None:
 
     def disturb() -> None:
         p = params[next(turns)]
-        p.grad = torch.ones(60_000)  # not by way of None: torch can't bear p.grad read meanwhile
+        p.grad = torch.ones(MANY)  # not by way of None: torch can't bear p.grad read meanwhile
         p.data = p.data.clone()
         state = optimizer.state[p]
         for key in list(state):
             state[key] = state[key].clone()
-        torch.full((60_000,), float("nan"))  # in memory that has just become free
+        torch.full((MANY,), float("nan"))  # in memory that has just become free
 
     def work() -> None:
-        for _ in range(60):
+        for _ in range(STEPS):
             optimizer.step()
 
     together(work, disturb)
