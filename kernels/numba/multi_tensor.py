@@ -91,9 +91,10 @@ def update_all(
         update_part(part, parts, rows, row_of, offsets, table, tensors, slots, grads, step)
     if step is not None:
         for t in range(tensors):
-            counter = at(step, load(table, (len(slots) + 1) * tensors + t))
-            count = load(counter, 0)
-            store(counter, 0, count + cast(1, count))
+            if load(table, len(slots) * tensors + t) != 0:  # it has a gradient
+                counter = at(step, load(table, (len(slots) + 1) * tensors + t))
+                count = load(counter, 0)
+                store(counter, 0, count + cast(1, count))
 
 
 @functools.cache
@@ -132,12 +133,12 @@ def launcher(
     def bind(tables: Tables) -> Launch:
         arrays = (tables.hypers, tables.row_of, tables.offsets, tables.addresses)
         addresses = [array.ctypes.data for array in arrays]
-        elements = int(tables.offsets[-1])
         arguments = (*addresses, len(tables.row_of), *tag)
 
         def update(grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
             if found_inf is not None and found_inf.item():
                 return
+            elements = int(tables.offsets[-1])
             if grad_scale is None:
                 compiled(parts_for(elements, GRAIN), *arguments)
                 return
