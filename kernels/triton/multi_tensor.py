@@ -27,7 +27,6 @@ from .device_table import DeviceTable, capturing, current_stream
 from .formulas import CONSTANTS, UPDATE, unchanged
 from .updates import ALIGNED, COUNT, FIRST, derive, update_blocks
 
-THREADS = 128
 #: Steps that may be captured in CUDA graphs before one that isn't.
 CAPTURES = 8
 _CAPTURED_TOO_EARLY = (
@@ -36,12 +35,15 @@ _CAPTURED_TOO_EARLY = (
 )
 
 
-def block_size(dtype: torch.dtype) -> int:
-    """8 elements a thread: one or two 16-byte loads of each of up to five tensors under way.
+def block_shape(dtype: torch.dtype) -> tuple[int, int]:
+    """Elements and threads of a program.
 
-    Of float64, whose numbers take two registers each, half as many.
+    8 elements a thread: one or two 16-byte loads of each of up to five tensors under way. Of
+    float64 2, one such load: a number takes two registers there, and division and root are
+    functions that are called. With 4, or with 2 in 128 threads, some of the Tritons from 3.6 to
+    3.9 keep registers on the stack around the calls (tests/test_compiled_ahead.py).
     """
-    return THREADS * (4 if dtype == torch.float64 else 8)
+    return (512, 256) if dtype == torch.float64 else (1024, 128)
 
 
 class Update:
@@ -63,7 +65,7 @@ class Update:
         self._dtypes = tuple(None if d is None else TYPES[d] for d in dtypes)
         self._used = [k for k, d in enumerate(dtypes) if d is not None]
         self._compute = compute_dtype(dtypes[0])  # type: ignore[arg-type]
-        self._block = block_size(dtypes[0])  # type: ignore[arg-type]
+        self._block, self._threads = block_shape(dtypes[0])  # type: ignore[arg-type]
         self._update = UPDATE[record]
         self._constants_of, self._fields = CONSTANTS.get(record, (unchanged, len(record._fields)))
         # Every line of addresses, and for each tensor how many elements it has, its first block,
@@ -126,7 +128,7 @@ class Update:
         table = self._table.current()
         self._derive(table, constants, found_inf, captured)
         launch(
-            update_blocks, (self._blocks,), t.device, THREADS, table,
+            update_blocks, (self._blocks,), t.device, self._threads, table,
             self._tensor_of.current(), constants, len(t.row_of), grad_scale, found_inf,
             DTYPES=self._dtypes, USES=self._dtypes[1:-1], FORMULA=self._update, FIELDS=self._fields,
             COMPUTE=TYPES[self._compute], BLOCK=self._block,
@@ -189,9 +191,9 @@ def launcher(
 
 def describe_step(param: torch.dtype, sizes: list[int]) -> str:
     """How a bucket runs, in words."""
-    block = block_size(param)
+    block, threads = block_shape(param)
     programs = sum(-(-size // block) for size in sizes)
     return (
         f"{len(sizes):,} tensors in one launch of {programs:,} programs, {block} elements and "
-        f"{THREADS} threads each"
+        f"{threads} threads each"
     )
