@@ -9,13 +9,14 @@ import torch
 
 from . import nn, optim
 from .dispatch import use_backend
+from .errors import BackendUnavailable
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 }
 # Elements few enough for one thread, and enough for several: two forms of each kernel.
-_SIZES = (1 << 12, 1 << 17)
+_SIZES = (1 << 12, 1 << 18)
 # Classes: of rows that are walked as they are, and of ones that are turned.
 _CLASSES = (128, 8)
 _OPTIMIZERS: dict[str, tuple[dict[str, float], ...]] = {
@@ -66,6 +67,10 @@ def warm_up(dtypes: list[str]) -> None:
         for dtype in dtypes:
             for name, job in jobs(DTYPES[dtype]):
                 start = time.perf_counter()
-                job()
+                try:
+                    job()
+                except BackendUnavailable as error:
+                    print(error)
+                    break
                 print(f"{name:16s} {dtype:8s} {time.perf_counter() - start:6.2f} s", flush=True)
     print(f"{time.perf_counter() - begin:.1f} s in all")

@@ -121,7 +121,7 @@ def test_pointwise_accesses(case: Case) -> None:
     assert isinstance(operation, Pointwise)
     none, recomputes = operation.reduction == "none", dtype == HALF
     expected = [(2, 1 if none else 0 if recomputes else 2), (3 if none else 2, 2)]
-    codes = [code for code in compiled(case) if code.name == "pointwise_blocks"]
+    codes = [code for code in compiled(case) if code.name == "flat_blocks"]
     assert len(codes) == 2, "forward and backward"
     for code, streams in zip(codes, expected, strict=True):
         share = code.constants["BLOCK"] // code.threads * dtype.itemsize
@@ -266,7 +266,7 @@ def test_number_of_elements_is_no_constant() -> None:
     """1, multiples of 16, others; `finish` sees that of blocks, too, and the divisor."""
     counts = [1, 2, 100, 2048, 2049, 4096, 32_768, 100_001, 1 << 20, ODD]
     found = rows(Pointwise(hyper.MSE, count) for count in counts)
-    assert found["pointwise_blocks"] == 3 * 2, "forward and backward"
+    assert found["flat_blocks"] == 3 * 2, "forward and backward"
     assert found["finish"] <= 3 * 3
 
 

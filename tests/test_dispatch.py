@@ -142,7 +142,7 @@ def row_limits(operation: str) -> list[tuple[torch.dtype, int, int]]:
 @pytest.mark.parametrize("operation", ROW_CROSSOVER)
 def test_crossover_of_rows(operation: str) -> None:
     for dtype, row, limit in row_limits(operation):
-        call = {"operation": operation, "dtypes": (dtype, torch.int64), "row": row}
+        call = {"operation": operation, "dtypes": (dtype, torch.int64), "row": row, "label": 1}
         assert choose(numel=limit, **call).backend == "numba"
         assert choose(numel=limit - 1, **call).backend == "reference"
 

@@ -32,7 +32,7 @@ H100 = Hardware(132, 32, 50 << 20)
 
 def uploads(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """How often each table of the (only) bucket has been uploaded."""
-    (bucket,) = optimizer._plan._buckets
+    (bucket,) = optimizer._planner.plan._buckets
     update = vars(bucket._launch)
     return {name: table.uploads for name, table in update.items() if isinstance(table, DeviceTable)}
 
@@ -83,7 +83,7 @@ def test_captured_steps_have_tables_of_their_own(
 
     step(0.1)
     before = uploads(optimizer)
-    constants = optimizer._plan._buckets[0]._launch._constants
+    constants = optimizer._planner.plan._buckets[0]._launch._constants
     kept = constants.clone()
     with monkeypatch.context() as patch:
         for module in (device_table, multi_tensor):

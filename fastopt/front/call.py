@@ -216,7 +216,8 @@ class RouteCache:
         """
         name = dispatch.choose(call.request).backend
         backend = None if name == "reference" else dispatch.load(name)
-        route = Route(backend, call.options, places, self._expect(name, call), call.warning)
+        expected = Expected() if backend is None else self._expect(name, call)
+        route = Route(backend, call.options, places, expected, call.warning)
         if key is not None:
             if len(self._known) >= self.LIMIT:
                 self._known.clear()
