@@ -448,47 +448,33 @@ def test_only_the_owner_may_write(tmp_path: Path) -> None:
 
 OWN = {
     "own_loss.py": """
-import math, own_numbers
-from typing import NamedTuple
-from fastopt.kernels.numba.formulas import pointwise
-from fastopt.kernels.numba.vector_math import cast
-from own_helper import helped
-from own_stub import stubbed
-
-class Own(NamedTuple):
-    scale: float
+import own_numbers
+from fastopt.kernels.operation import Elementwise
+from own_helper import helped, made
 
 SHIFT = 1.0
 
-@pointwise(Own)
-def own(h, input, target, upstream):
-    d = input - target
-    value = d + cast(SHIFT, d) + cast(own_numbers.NUMBER, d) + helped(d) + stubbed(d)
-    return h.scale * value, upstream * d, -upstream * d
+class Own(Elementwise):
+    scale: float = 1.0
+    slopes = 2
+
+    def value_and_slopes(h, input, target):
+        d = input - target
+        return h.scale * (d + SHIFT + own_numbers.NUMBER + helped(d) + made(d)), d, -d
 """,
     "own_numbers.py": "NUMBER = 10.0\n",
     "own_helper.py": """
-import numba
-from fastopt.kernels.numba.vector_math import cast
+from fastopt import formula as m
 
 def make(number):
-    @numba.njit
     def inner(d):
-        return cast(number, d)
+        return m.where(d == d, number, d)
     return inner
 
-helped = make(100.0)
-""",
-    "own_stub.py": """
-from numba.extending import overload
-from fastopt.kernels.numba.vector_math import cast
+made = make(100.0)
 
-def stubbed(d):
-    raise NotImplementedError
-
-@overload(stubbed)
-def _stubbed(d):
-    return lambda d: cast(1000.0, d)
+def helped(d):
+    return m.maximum(0.0 * d, 1000.0)
 """,
 }
 EDITS = {
@@ -496,12 +482,13 @@ EDITS = {
     "formula": ("own_loss.py", "d = input - target", "d = input + target", 2.0),
     "module's number": ("own_numbers.py", "10.0", "20.0", 10.0),
     "closure": ("own_helper.py", "100.0", "200.0", 100.0),
-    "overload": ("own_stub.py", "1000.0", "2000.0", 1000.0),
+    "helper": ("own_helper.py", "1000.0", "2000.0", 1000.0),
     "comment": ("own_loss.py", "SHIFT = 1.0", "SHIFT = 1.0  # as before", 0.0),
     "other formula": (
         "own_loss.py",
         "SHIFT = 1.0",
-        "SHIFT = 1.0\nclass Other(NamedTuple):\n    a: float\npointwise(Other)(lambda *a: a)\n",
+        "SHIFT = 1.0\nclass Other(Elementwise):\n    a: float = 1.0\n"
+        "    def value_and_slopes(h, x, y):\n        return x, y",
         0.0,
     ),
 }
@@ -511,11 +498,11 @@ def own_loss() -> None:
     """What the formula of another file makes of 3 and 1: the sum of one element, and MSE."""
     from own_loss import Own  # type: ignore[import-not-found]
 
-    from fastopt.kernels import hyper
-    from fastopt.kernels.numba import pointwise
+    from fastopt.kernels.numba import flat
+    from fastopt.kernels.operation import Options
 
-    options = hyper.Loss(Own(1.0), "sum", torch.float32)  # type: ignore[arg-type]
-    loss, _, _ = pointwise.forward(options, (torch.full((1,), 3.0), torch.ones(1)), (True, True))
+    options = Options(Own(1.0), "sum", torch.float32)
+    loss, _, _ = flat.forward(options, (torch.full((1,), 3.0), torch.ones(1)), (True, True))
     print(loss.item())
 
 
@@ -552,27 +539,47 @@ def test_edited_formula_of_another_file(own: Path, tmp_path: Path, what: str) ->
 def test_formula_of_the_main_program(tmp_path: Path) -> None:
     """A script or a notebook: its record's class is another one in each process."""
     folder = copy_package(tmp_path / "site")
-    code = OWN["own_loss.py"].split("class Own")[0].replace("from own_helper import helped", "")
-    code = code.replace("from own_stub import stubbed", "").replace(", own_numbers", "")
     for factor in (2.0, 2.0, 3.0):
-        program = f"""{code}
+        program = f"""
 import torch
-from fastopt.kernels import hyper
-from fastopt.kernels.numba import pointwise as loop
+from fastopt.kernels.numba import flat
+from fastopt.kernels.operation import Elementwise, Options
 
-class Own(NamedTuple):
-    scale: float
+class Own(Elementwise):
+    slopes = 2
 
-@pointwise(Own)
-def own(h, input, target, upstream):
-    value = (input - target) * cast({factor}, input)
-    return value, value, value
+    def value_and_slopes(h, input, target):
+        value = (input - target) * {factor}
+        return value, value, value
 
-options = hyper.Loss(Own(1.0), "sum", torch.float32)
-loss, _, _ = loop.forward(options, (torch.full((1,), 3.0), torch.ones(1)), (True, True))
+options = Options(Own(), "sum", torch.float32)
+loss, _, _ = flat.forward(options, (torch.full((1,), 3.0), torch.ones(1)), (True, True))
 print(loss.item())
 """
         assert float(run_code(program, folder)) == 2 * factor
+
+
+def test_two_formulas_of_one_name(tmp_path: Path) -> None:
+    """A cell of a notebook that is run again, with another formula in it."""
+    folder = copy_package(tmp_path / "site")
+    program = """
+import torch
+from fastopt.kernels.numba import flat
+from fastopt.kernels.operation import Elementwise, Options
+
+def define(factor):
+    class Own(Elementwise):
+        def value_and_slopes(h, input, target):
+            return factor * input, input
+    return Own
+
+found = []
+for kind in (define(2.0), define(3.0)):
+    options = Options(kind(), "sum", torch.float32)
+    found.append(flat.forward(options, (torch.ones(1), torch.ones(1)), (True, False))[0].item())
+print(found[0] + 10 * found[1])
+"""
+    assert float(run_code(program, folder)) == 32
 
 
 def test_packages_in_archives(tmp_path: Path) -> None:
