@@ -133,4 +133,5 @@ def test_infinite_gradient_of_the_loss(classes: int) -> None:
         loss = ours.cross_entropy(x, labels)
     expected = torch.autograd.grad(theirs.cross_entropy(x, labels), x, torch.tensor(INF))
     found = torch.autograd.grad(loss, x, torch.tensor(INF))
-    torch.testing.assert_close(found, expected)
+    off = torch.arange(classes) != labels[:, None]  # at the label torch has inf - inf
+    torch.testing.assert_close(found[0][off], expected[0][off])
