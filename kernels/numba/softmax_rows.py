@@ -147,10 +147,12 @@ def block_gradient(
 ) -> None:  # fmt: skip
     zero = cast(0, scale)
     for c in range(begin, end):
-        k = coefficient(probability, weight, smooth, base, c, zero)
         # exps is None where the gradient's own memory has them
         e = load(grad, out + c) if exps is None else load(exps, at + c)
-        store(grad, out + c, e * softmax_scale - k * scale)
+        g = e * softmax_scale
+        if smooth is not None or probability is not None:
+            g = g - coefficient(probability, weight, smooth, base, c, zero) * scale
+        store(grad, out + c, g)
 
 
 @kernel
