@@ -286,7 +286,7 @@ def loss(
             if route is None:
                 call = analysed(args, kwargs)
                 if call is None:
-                    if (tracer := _tracer(*values)) is not None:
+                    if (tracer := tracer_of(*values)) is not None:
                         node: Tensor = tracer.create_proxy("call_function", function, args, kwargs)
                         return node
                     return fallback(*args, **kwargs)
@@ -321,7 +321,7 @@ def _has_nan(result: Tensor) -> bool:
         return bool(torch.isnan(result).any())
 
 
-def _tracer(*arguments: object) -> Any:
+def tracer_of(*arguments: object) -> Any:
     """What torch.fx traces a call with, if it does; such a call stays one of fastopt's."""
     return next((a.tracer for a in arguments if isinstance(a, torch.fx.Proxy)), None)
 
