@@ -46,6 +46,8 @@ def _analyse(function: str, arguments: dict[str, Any]) -> Call | None:
         special.append(f"a target of dtype {target.dtype}")
     elif target.dtype == torch.uint8 and len(shape) > 2:
         special.append("uint8 targets of more than rows, which torch refuses")
+    if not input.is_floating_point():
+        special.append(f"an input of dtype {input.dtype}")
     if weight is not None:
         if tuple(weight.shape) != (classes,):
             special.append(f"a weight of size {tuple(weight.shape)}")
@@ -95,7 +97,8 @@ def nll_loss(
         >>> log_p = torch.log_softmax(model(images), dim=1)
         >>> loss = fastopt.nn.functional.nll_loss(log_p, labels)
 
-    Reference: :func:`torch.nn.functional.nll_loss`
+    Reference: :func:`torch.nn.functional.nll_loss`. It differs in one case: (N, C, H, W) that is
+    not contiguous has a gradient here, for which torch's own CPU code raises.
     """
     raise NotImplementedError
 
