@@ -68,7 +68,8 @@ def prepare(
         special.append(f"reduction={reduction!r}")
     device = input.device
     # integers among the operands of an elementwise loss become numbers of the others' dtype
-    dtypes = tuple([t.dtype for t in given if row or t.is_floating_point() or t.is_complex()])
+    numbers = [t for t in given if row or t.is_floating_point() or t.is_complex()]
+    dtypes = tuple([t.dtype for t in numbers or given])
     if autocasts(device):
         # Losses are on autocast's float32 list. A kernel computes in float32 anyway and
         # writes each gradient in its tensor's own dtype, so no cast copies are needed.
