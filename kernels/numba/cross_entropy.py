@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from numba.core import types
 
-from ..layout import ClassAxis, class_axis, dense_axis, view_along
+from ..layout import ClassAxis, class_axis, classes_last, dense_axis, view_along
 from ..operation import Options
 from ..reference import out_of_bounds
 from . import memory
@@ -64,6 +64,8 @@ def _prepare(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> _Cal
     input, target, weight = tensors
     assert input is not None
     assert target is not None
+    if target.is_floating_point():
+        input, target = classes_last(input), classes_last(target)
     axis = _axis(input)
     record: Any = options.record
     ignore_index, smoothing = record.ignore_index, record.label_smoothing

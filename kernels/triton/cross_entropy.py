@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..layout import ClassAxis, class_axis, dense_axis, view_along
+from ..layout import ClassAxis, class_axis, classes_last, dense_axis, view_along
 from ..operation import Options
 from ..reference import out_of_bounds
 from . import reduction
@@ -160,6 +160,8 @@ def _prepare(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> _Cal
     input, target, weight = tensors
     assert input is not None
     assert target is not None
+    if target.is_floating_point():
+        input, target = classes_last(input), classes_last(target)
     axis = class_axis(input)
     assert axis is not None, "dispatch admits only layouts that can be walked"
     record: Any = options.record
@@ -364,6 +366,8 @@ def describe(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> str:
     axis = class_axis(input)
     assert axis is not None
     plain = weight is None and not target.is_floating_point()
+    if target.is_floating_point():
+        axis = axis._replace(class_stride=1)  # else it is copied
     cut = tiling(axis, input.itemsize, hardware(input.device), plain=plain)
     if cut.single:
         rows = f"{cut.rows} whole rows a program, read once"
