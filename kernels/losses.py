@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .operation import Elementwise, Options
+from .operation import Elementwise, Gather, Options
 
 __all__ = ["Loops", "Tensors"]
 
@@ -15,13 +15,16 @@ Tensors = tuple[torch.Tensor | None, ...]
 
 
 class Loops(NamedTuple):
-    """A backend's two loops, each a module with `forward` and `backward` as below."""
+    """A backend's loops, each a module with `forward` and `backward` as below."""
 
     flat: ModuleType
     softmax: ModuleType
+    gather: ModuleType
 
     def of(self, options: Options) -> ModuleType:
         """The one that serves a loss."""
+        if isinstance(options.record, Gather):
+            return self.gather
         return self.flat if isinstance(options.record, Elementwise) else self.softmax
 
     def forward(

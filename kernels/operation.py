@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import torch
 
-__all__ = ["Elementwise", "Operation", "Options", "Softmax"]
+__all__ = ["Elementwise", "Gather", "Operation", "Options", "Softmax"]
 
 
 @dataclass_transform(frozen_default=True)
@@ -123,6 +123,16 @@ class Elementwise(Operation):
 
 class Softmax(Operation):
     """A loss of a softmax over classes: of logits, a target and perhaps a weight for each class."""
+
+    _abstract = True
+    operands = ("input", "target", "weight")
+
+
+class Gather(Operation):
+    """A loss of one number for each position, that of its class: minus it times a class weight.
+
+    Its record has an `ignore_index`.
+    """
 
     _abstract = True
     operands = ("input", "target", "weight")

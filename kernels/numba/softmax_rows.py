@@ -176,6 +176,19 @@ def row_gradient(
 
 
 @kernel
+def target_gradient(
+    x: Any, row: int, weight: Any, grad: Any, out: int, begin: int, end: int, top: Any,
+    log_total: Any, factor: Any,
+) -> None:  # fmt: skip
+    """factor * weight_c * -log softmax of classes begin to end: that of their probabilities."""
+    for c in range(begin, end):
+        slope = factor * (log_total - (load(x, row + c) - top))
+        if weight is not None:
+            slope *= load(weight, c)
+        store(grad, out + c, slope)
+
+
+@kernel
 def skip_row(grad: Any, out: int, classes: int, zero: Any) -> None:
     """An ignored position's gradient is exactly 0."""
     for c in range(classes):
@@ -197,7 +210,8 @@ def losses_of(
 @region
 def softmax_rows(
     parts: int, x: Any, target: Any, probability: Any, weight: Any, smooth: Any, losses: Any,
-    grad: Any, upstream: Any, loss: Any, bad: Any, divisor: float, shifts: Any, exps: Any,
+    grad: Any, t_grad: Any, upstream: Any, loss: Any, bad: Any, divisor: float, shifts: Any,
+    exps: Any,
     plain: Any, masses: Any, totals: Any, hard: float, scale: float, zero: Any, ignore_index: int,
     classes: int, inner: int, rows: int, x_outer: int, x_inner: int, t_outer: int, t_inner: int,
 ) -> bool:  # fmt: skip
@@ -239,10 +253,15 @@ def softmax_rows(
                     share, label_smooth = chosen_coefficients(label, hard, weight, smooth)
                     value = chosen_loss(load(x, row + label), top, 0.0, share)
                 value -= dot
+                factor, out = scale, r * classes
+                if upstream is not None:
+                    factor *= np.float64(load(upstream, r))
+                if t_grad is not None:
+                    target_gradient(
+                        x, row, weight, t_grad, out, 0, classes, top, cast(log(total), zero),
+                        cast(factor, zero),
+                    )  # fmt: skip
                 if grad is not None:
-                    factor, out = scale, r * classes
-                    if upstream is not None:
-                        factor *= np.float64(load(upstream, r))
                     p = 0.0
                     if target is not None:
                         e = load(grad, at + label) if exps is None else load(exps, at + label)
