@@ -52,12 +52,13 @@ def translate(
         code, names, function.__name__, function.__defaults__, function.__closure__
     )
     result.__module__, result.__qualname__ = function.__module__, function.__qualname__
+    result.__annotations__ = function.__annotations__
     return result
 
 
-def digest(function: Any) -> str:
-    """A short name of a formula's code and of all the code that it calls."""
-    found, todo, seen = hashlib.sha256(), [function], set()
+def digest(*functions: Any) -> str:
+    """A short name of formulas' code and of all the code that they call."""
+    found, todo, seen = hashlib.sha256(), [*functions], set()
     while todo:
         one = todo.pop()
         if one in seen:

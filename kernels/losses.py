@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .operation import Elementwise, Options
+from .operation import Elementwise, Options, Rowwise
 
 __all__ = ["Loops", "Tensors"]
 
@@ -15,14 +15,17 @@ Tensors = tuple[torch.Tensor | None, ...]
 
 
 class Loops(NamedTuple):
-    """A backend's two loops, each a module with `forward` and `backward` as below."""
+    """A backend's loops, each a module with `forward` and `backward` as below."""
 
     flat: ModuleType
+    rows: ModuleType
     softmax: ModuleType
 
     def of(self, options: Options) -> ModuleType:
         """The one that serves a loss."""
-        return self.flat if isinstance(options.record, Elementwise) else self.softmax
+        if isinstance(options.record, Elementwise):
+            return self.flat
+        return self.rows if isinstance(options.record, Rowwise) else self.softmax
 
     def forward(
         self, options: Options, tensors: Tensors, needs: tuple[bool, ...]

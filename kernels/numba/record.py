@@ -28,22 +28,27 @@ from . import vocabulary
 from .compiler import FUNCTION_OPTIONS, inlined
 from .pointer import AddressModel, unbox_address
 
-__all__ = ["RecordType", "Values", "read_record", "value_and_slopes"]
+__all__ = [
+    "RecordType", "Values", "finish", "fold", "read_record", "slopes", "value_and_slopes",
+]  # fmt: skip
 
 
 class RecordType(types.Type):
     """A record of `operation` with these flags, its numbers of type `compute`."""
 
-    def __init__(self, operation: type[Operation], compute: types.Type, flags: tuple[bool, ...]):
+    def __init__(self, operation: type[Operation], compute: types.Type, flags: tuple[int, ...]):
         self.operation, self.compute, self.flags = operation, compute, flags
         name = f"{operation.__module__}.{operation.__qualname__}"
         super().__init__(f"Record({name}, {compute}, {flags}, {operation.key})")
+
+    def flag(self, name: str) -> int:
+        return self.flags[self.operation.flags.index(name)]
 
 
 class Values(types.Type):
     """The address of a record's numbers, float64 ones in their order."""
 
-    def __init__(self, operation: type[Operation], flags: tuple[bool, ...]) -> None:
+    def __init__(self, operation: type[Operation], flags: tuple[int, ...]) -> None:
         self.operation, self.flags = operation, flags
         name = f"{operation.__module__}.{operation.__qualname__}"
         super().__init__(f"Values({name}, {flags}, {operation.key})")
@@ -67,14 +72,16 @@ class _RecordAttribute(AttributeTemplate):
     def generic_resolve(self, typ: RecordType, attribute: str) -> Any:
         if attribute in typ.operation.numbers:
             return typ.compute
-        return types.boolean if attribute in typ.operation.flags else None
+        if attribute not in typ.operation.flags:
+            return None
+        return types.boolean if type(typ.flag(attribute)) is bool else types.intp
 
 
 @lower_getattr_generic(RecordType)
 def _get(context: Any, builder: Any, typ: RecordType, value: Any, attribute: str) -> Any:
     if attribute in typ.operation.flags:
-        flag = typ.flags[typ.operation.flags.index(attribute)]
-        return context.get_constant(types.boolean, flag)
+        flag = typ.flag(attribute)
+        return context.get_constant(types.boolean if type(flag) is bool else types.intp, flag)
     return builder.extract_value(value, typ.operation.numbers.index(attribute))
 
 
@@ -95,14 +102,21 @@ def read_record(typingctx: Any, values: Any, like: Any) -> Any:
     return record(values, like), codegen
 
 
-def value_and_slopes(record: Any, *operands: Any) -> Any:
-    """An elementwise loss and its derivatives: the formula of the record's type."""
-    raise NotImplementedError
+def _formula(name: str) -> Any:
+    """The function of a record and numbers that is this formula of the record's type."""
+
+    def formula(record: Any, *numbers: Any) -> Any:
+        raise NotImplementedError
+
+    @overload(formula, strict=False, jit_options=FUNCTION_OPTIONS)
+    def body(record: Any, *numbers: Any) -> Any:
+        if not isinstance(record, RecordType):
+            return None
+        number: Any = np.float64 if record.compute == types.float64 else np.float32
+        return translate(getattr(record.operation, name), vocabulary, inlined, number)
+
+    return formula
 
 
-@overload(value_and_slopes, strict=False, jit_options=FUNCTION_OPTIONS)
-def _value_and_slopes(record: Any, *operands: Any) -> Any:
-    if not isinstance(record, RecordType):
-        return None
-    number: Any = np.float64 if record.compute == types.float64 else np.float32
-    return translate(record.operation.value_and_slopes, vocabulary, inlined, number)
+value_and_slopes = _formula("value_and_slopes")
+fold, finish, slopes = map(_formula, ("fold", "finish", "slopes"))
