@@ -79,9 +79,9 @@ def one_block(
 @kernel
 def flat_blocks(
     operands, steps, record, values, grads, upstream, grad_output, partials, factor, divisor,
-    count, second, inner, FORMULA: tl.constexpr, MAKE: tl.constexpr, NAMES: tl.constexpr, FLAGS: tl.constexpr,
-    FIXED: tl.constexpr, FLAT: tl.constexpr, COMPUTE: tl.constexpr, READY: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    count, second, inner, FORMULA: tl.constexpr, MAKE: tl.constexpr, NAMES: tl.constexpr,
+    FLAGS: tl.constexpr, FIXED: tl.constexpr, FLAT: tl.constexpr, COMPUTE: tl.constexpr,
+    READY: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of elements a program.
 
@@ -100,9 +100,6 @@ def flat_blocks(
     numbers = ()
     for k in tl.static_range(len(record)):
         numbers = numbers + (as_number(record[k], COMPUTE),)  # type: ignore[assignment]
-    for k in tl.static_range(len(FLAGS)):
-        numbers = numbers + (FLAGS[k],)  # type: ignore[assignment]
-    h = MAKE(numbers)
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
@@ -110,16 +107,16 @@ def flat_blocks(
     # A mask that ends anywhere would split 16-byte accesses, so only the last block has one.
     if (program + 1) * BLOCK <= count:
         value = one_block(
-            operands, steps, h, values, grads, upstream, scale, place, None, second, inner,
-            FORMULA, FIXED, FLAT, COMPUTE,
+            operands, steps, MAKE(numbers, FLAGS), values, grads, upstream, scale, place, None,
+            second, inner, FORMULA, FIXED, FLAT, COMPUTE,
         )  # fmt: skip
         if partials is not None:
             tl.store(partials + program, tl.sum(value))
     else:
         mask = place < count
         value = one_block(
-            operands, steps, h, values, grads, upstream, scale, place, mask, second, inner,
-            FORMULA, FIXED, FLAT, COMPUTE,
+            operands, steps, MAKE(numbers, FLAGS), values, grads, upstream, scale, place, mask,
+            second, inner, FORMULA, FIXED, FLAT, COMPUTE,
         )  # fmt: skip
         if partials is not None:
             tl.store(partials + program, tl.sum(tl.where(mask, value, 0.0)))

@@ -34,24 +34,25 @@ def _compiled(function: Any) -> Any:
     return device_function(function)
 
 
-def _make(values):  # type: ignore[no-untyped-def]
-    return FIELDS(*values)  # type: ignore[name-defined]  # noqa: F821
+def _make(numbers, flags: tl.constexpr):  # type: ignore[no-untyped-def]
+    return FIELDS(*numbers, *flags)  # type: ignore[name-defined]  # noqa: F821
 
 
 @functools.cache
 def _maker(operation: type[Operation]) -> Any:
-    """A function of a tuple, the record's numbers and then its flags, that names them.
+    """The function that makes a record of its numbers and its flags.
 
     A type can't be a compile-time argument, but may be among the globals of a function that is.
     """
     fields = namedtuple(operation.__name__, (*operation.numbers, *operation.flags))
-    return _compiled(FunctionType(_make.__code__, {"FIELDS": fields}, "make"))
+    return _compiled(FunctionType(_make.__code__, {"FIELDS": fields, "tl": tl}, "make"))
 
 
 def constants_of(record: Operation) -> dict[str, Any]:
-    """The compile-time arguments of a kernel that make a record.
+    """The compile-time arguments of a kernel that make a record, as MAKE(numbers, FLAGS).
 
-    The names are there for what is compiled to be known by them; functions are by their source.
+    That belongs among the arguments of a call: an assignment would make numbers of flags. Triton
+    knows a function by its source alone, hence the names.
     """
     names = (*record.numbers, *record.flags)
     return {"MAKE": _maker(type(record)), "NAMES": names, "FLAGS": record.settings}

@@ -32,9 +32,9 @@ from .compiler import TYPES, as_number, device_function, kernel, launch, number,
 from .record import constants_of, formula_of, record_numbers
 from .vector_math import quotient
 
-# Numbers of a column that a program has at a time; of a longer row that still fits, more. Each
-# thread has 64 bytes of each column at most.
-TILE, LONGEST = 2048, 8192
+# Numbers of a column that a program has at a time, or bytes of a row that is longer but whole. A
+# thread has 64 bytes of each column, so 256 threads at most, with all the registers they can have.
+TILE, WHOLE_BYTES = 2048, 1 << 14
 THREADS, BYTES = 128, 64
 
 Tensors = tuple[torch.Tensor | None, ...]
@@ -57,10 +57,11 @@ class Tiling(NamedTuple):
 
 
 def tiling(rows: Rows) -> Tiling:
-    whole = rows.classes <= LONGEST
-    columns = power_of_2(rows.classes) if whole else TILE
+    size, columns = rows.compute.itemsize, power_of_2(rows.classes)
+    whole = columns * size <= WHOLE_BYTES
+    columns = columns if whole else TILE
     together = max(1, TILE // columns)
-    threads = max(THREADS, together * columns * rows.compute.itemsize // BYTES)
+    threads = max(THREADS, together * columns * size // BYTES)
     return Tiling(together, columns, whole, threads, -(-rows.count // together))
 
 
@@ -114,9 +115,9 @@ def store_slopes(
 def row_tiles(
     at_class, steps, by_row, labels, record, values, grads, upstream, grad_output, partials,
     divisor, count, classes, FOLD: tl.constexpr, FINISH: tl.constexpr, SLOPES: tl.constexpr,
-    MAKE: tl.constexpr, NAMES: tl.constexpr, FLAGS: tl.constexpr, SUMS: tl.constexpr, OPERANDS: tl.constexpr,
-    COMPUTE: tl.constexpr, READY: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    MAKE: tl.constexpr, NAMES: tl.constexpr, FLAGS: tl.constexpr, SUMS: tl.constexpr,
+    OPERANDS: tl.constexpr, COMPUTE: tl.constexpr, READY: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows a program.
 
@@ -134,9 +135,6 @@ def row_tiles(
     fields = ()
     for k in tl.static_range(len(record)):
         fields = fields + (as_number(record[k], COMPUTE),)  # type: ignore[assignment]
-    for k in tl.static_range(len(FLAGS)):
-        fields = fields + (FLAGS[k],)  # type: ignore[assignment]
-    h = MAKE(fields)
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
@@ -163,18 +161,18 @@ def row_tiles(
     if WHOLE:
         mask = there & within
         numbers = numbers_at(at_class, steps, row, columns, mask, within, OPERANDS, COMPUTE)
-        sums = add_up(sums, h, numbers, of_row, label, columns, mask, FOLD)
+        sums = add_up(sums, MAKE(fields, FLAGS), numbers, of_row, label, columns, mask, FOLD)
     else:
         for begin in range(0, classes, COLUMNS):
             c = begin + columns
             mask = there & (c < classes)
             tile = numbers_at(at_class, steps, row, c, mask, c < classes, OPERANDS, COMPUTE)
-            sums = add_up(sums, h, tile, of_row, label, c, mask, FOLD)
+            sums = add_up(sums, MAKE(fields, FLAGS), tile, of_row, label, c, mask, FOLD)
     totals = ()
     for k in tl.static_range(SUMS):
         totals = totals + (tl.sum(sums[k], 1, keep_dims=True),)  # type: ignore[assignment]
     size = (tl.full([ROWS, 1], classes, COMPUTE),)
-    found = FINISH(h, *(size + totals + of_row))
+    found = FINISH(MAKE(fields, FLAGS), *(size + totals + of_row))
     if values is not None:
         tl.store(values + row, found[0], mask=there)
     if partials is not None:
@@ -184,8 +182,8 @@ def row_tiles(
     if len(grads) > 0:
         if WHOLE:
             store_slopes(
-                grads, h, found[1:], numbers, of_row, label, row, columns, there & within,
-                classes, scale, SLOPES,
+                grads, MAKE(fields, FLAGS), found[1:], numbers, of_row, label, row, columns,
+                there & within, classes, scale, SLOPES,
             )  # fmt: skip
         else:
             for begin in range(0, classes, COLUMNS):
@@ -193,8 +191,8 @@ def row_tiles(
                 mask = there & (c < classes)
                 tile = numbers_at(at_class, steps, row, c, mask, c < classes, OPERANDS, COMPUTE)
                 store_slopes(
-                    grads, h, found[1:], tile, of_row, label, row, c, mask, classes, scale,
-                    SLOPES,
+                    grads, MAKE(fields, FLAGS), found[1:], tile, of_row, label, row, c, mask,
+                    classes, scale, SLOPES,
                 )  # fmt: skip
 
 
