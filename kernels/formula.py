@@ -52,4 +52,5 @@ def translate(
         code, names, function.__name__, function.__defaults__, function.__closure__
     )
     result.__module__, result.__qualname__ = function.__module__, function.__qualname__
+    result.__annotations__ = function.__annotations__
     return result

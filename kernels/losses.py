@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .operation import Elementwise, Gather, Options
+from .operation import Elementwise, Gather, Options, Rowwise
 
 __all__ = ["Loops", "Tensors"]
 
@@ -18,14 +18,18 @@ class Loops(NamedTuple):
     """A backend's loops, each a module with `forward` and `backward` as below."""
 
     flat: ModuleType
+    rows: ModuleType
     softmax: ModuleType
     gather: ModuleType
 
     def of(self, options: Options) -> ModuleType:
         """The one that serves a loss."""
-        if isinstance(options.record, Gather):
-            return self.gather
-        return self.flat if isinstance(options.record, Elementwise) else self.softmax
+        record = options.record
+        if isinstance(record, Elementwise):
+            return self.flat
+        if isinstance(record, Rowwise):
+            return self.rows
+        return self.gather if isinstance(record, Gather) else self.softmax
 
     def forward(
         self, options: Options, tensors: Tensors, needs: tuple[bool, ...]

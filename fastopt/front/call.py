@@ -275,7 +275,9 @@ def loss(
 
     def decorate(documented: Callable[P, Tensor]) -> Callable[P, Tensor]:
         name = documented.__name__
-        torchs = operation.twin = getattr(F, name)
+        torchs = getattr(F, name)
+        if "twin" not in vars(operation):  # a second function of the same operation is another one
+            operation.twin = torchs
         signature = inspect.signature(documented)
         parameters = list(signature.parameters)
         fallback = torchs if native is None else native

@@ -108,7 +108,7 @@ def flat_all(
 @functools.cache
 def _launcher(
     operation: type[Elementwise],
-    flags: tuple[bool, ...],
+    flags: tuple[int, ...],
     operands: tuple[tuple[torch.dtype, bool] | None, ...],
     values: torch.dtype | None,
     upstream: torch.dtype | None,
