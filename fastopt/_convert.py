@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -12,9 +13,10 @@ import torch
 from torch.nn.modules.loss import _Loss
 from torch.optim import Optimizer
 
-from . import nn, optim
 from .errors import wrapper_hint
 from .front.call import LossModule
+from .nn._operations import MODULES
+from .optim._operations import OPTIMIZERS
 from .optim._planned import PlannedStep
 
 __all__ = ["convert"]
@@ -31,9 +33,9 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
     Frameworks that keep an optimizer's `step` should be given it afterwards.
 
     Args:
-        subject: an optimizer whose class is torch's own SGD, Adam, AdamW or RMSprop; or a
-            module, of which every CrossEntropyLoss, MSELoss and L1Loss changes, itself
-            included. Losses called as functions in a forward are no modules, and stay torch's.
+        subject: an optimizer whose class is torch's own and one that fastopt has, too; or a
+            module, of which every loss changes whose class fastopt has, itself included. Losses
+            called as functions in a forward are no modules, and stay torch's.
         to: "fastopt" or "torch".
 
     Returns:
@@ -56,9 +58,9 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
         raise ValueError(f"to={to!r} (supported: 'fastopt', 'torch')")
     if isinstance(subject, Optimizer):
         if not (to == "fastopt" and isinstance(subject, PlannedStep)):  # a subclass of ours, too
-            _convert_optimizer(subject, _twins(optim, torch.optim, to))
+            _convert_optimizer(subject, _twins(OPTIMIZERS, torch.optim, to))
     elif isinstance(subject, torch.nn.Module):
-        _convert_modules(subject, _twins(nn, torch.nn, to), to)
+        _convert_modules(subject, _twins(MODULES, torch.nn, to), to)
     else:
         raise TypeError(
             f"cannot convert an object of {_name(type(subject))} "
@@ -67,9 +69,8 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
     return subject
 
 
-def _twins(ours: ModuleType, theirs: ModuleType, to: str) -> _Twins:
-    classes = {n: getattr(ours, n) for n in ours.__all__ if isinstance(getattr(ours, n), type)}
-    twins = {getattr(theirs, name): ours for name, ours in classes.items()}
+def _twins(ours: Mapping[str, type], theirs: ModuleType, to: str) -> _Twins:
+    twins = {getattr(theirs, name): kind for name, kind in ours.items()}
     return twins if to == "fastopt" else {ours: theirs for theirs, ours in twins.items()}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import torch
@@ -28,6 +29,11 @@ class Operation:
         operands: the names of the tensors.
         arranged: whether `arrange` has something to do.
         checked: whether torch refuses some numbers. The formula makes NaN of those.
+        crossover: elements from which compiled code is at least as fast as torch's on a CPU;
+            where a class says nothing, what is usual for a function like its twin.
+        row_crossover: the same for rows of up to so many classes side by side, by the bytes of
+            a number: pairs (classes, elements), in order.
+        variants: keyword arguments of usual calls that are compiled apart from each other.
     """
 
     numbers: ClassVar[tuple[str, ...]]
@@ -37,6 +43,9 @@ class Operation:
     operands: ClassVar[tuple[str, ...]]
     arranged: ClassVar[bool] = False
     checked: ClassVar[bool] = False
+    crossover: ClassVar[int]
+    row_crossover: ClassVar[Mapping[int, tuple[tuple[int, int], ...]]] = {}
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     _formula: ClassVar[str | None] = None
 
     def __init_subclass__(cls) -> None:
@@ -58,6 +67,11 @@ class Operation:
     def settings(self) -> tuple[bool, ...]:
         """The flags, in their order."""
         return tuple([bool(getattr(self, name)) for name in self.flags])
+
+    @classmethod
+    def samples(cls, size: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Arguments of usual calls with so many elements, to compile ahead what they need."""
+        raise NotImplementedError
 
 
 class Elementwise(Operation):
@@ -99,6 +113,17 @@ class Elementwise(Operation):
         cls.operands = tuple(parameters)[1:]
         cls.arranged = cls.arrange is not Elementwise.arrange
 
+    @classmethod
+    def samples(cls, size: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, ...]]:
+        parameters = inspect.signature(cls.twin).parameters
+        yield tuple(
+            [  # a half is a probability, a variance and a distance
+                torch.full((size,), 0.5, dtype=dtype, requires_grad=name != "target")
+                for name in cls.operands
+                if parameters[name].default is inspect.Parameter.empty
+            ]
+        )
+
     def value_and_slopes(self, *operands: Any) -> Any:
         raise NotImplementedError
 
@@ -127,6 +152,12 @@ class Softmax(Operation):
 
     _abstract = True
     operands = ("input", "target", "weight")
+
+    @classmethod
+    def samples(cls, size: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, ...]]:
+        for classes in (128, 8):  # rows that are walked as they are, and ones that are turned
+            logits = torch.zeros(size // classes, classes, dtype=dtype, requires_grad=True)
+            yield logits, torch.zeros(len(logits), dtype=torch.int64)
 
 
 class Options(NamedTuple):

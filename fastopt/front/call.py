@@ -20,6 +20,7 @@ from ..errors import BackendUnavailable
 from ..kernels.operation import Operation, Options
 from .analysis import Call, analyse
 from .autograd import Habit, evaluate, is_released
+from .crossover import crossover, quick_test, usual_crossover
 
 # Names of their own, for what the smallest calls have to ask.
 is_compiling, tracing_state = torch.compiler.is_compiling, torch._C._get_tracing_state
@@ -78,7 +79,7 @@ def prepare(
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     request = Request(
         function, device.type, dtypes, input.numel(), tuple(special), capability,
-        dispatch.insisted(), row,
+        dispatch.insisted(), crossover(type(record), input.dtype.itemsize, row),
     )  # fmt: skip
     return Call(request, Options(record, reduction, dtype), tensors)
 
@@ -251,7 +252,9 @@ def loss(
         signature = inspect.signature(documented)
         parameters = list(signature.parameters)
         fallback = torchs if native is None else native
-        is_small, surely = dispatch.is_small(name)
+        if not hasattr(operation, "crossover"):
+            operation.crossover = usual_crossover(name)
+        is_small, surely = quick_test(operation)
         cache = RouteCache()
         FUNCTIONS[name] = operation
 
