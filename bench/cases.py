@@ -10,6 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fastopt.nn.functional  # noqa: F401  (whose operations are then in FUNCTIONS)
+from fastopt.front.call import FUNCTIONS
+from fastopt.front.samples import operands
+from fastopt.kernels.operation import Elementwise
+
 Make = Callable[[], tuple[Tensor, ...]]
 
 
@@ -24,6 +29,7 @@ class LossRow:
         size: elements of the input.
         floor: bytes that have to be moved: each tensor read once, each gradient written once.
         quick: whether the quick profile has it.
+        options: further arguments.
     """
 
     name: str
@@ -32,6 +38,7 @@ class LossRow:
     size: int
     floor: int
     quick: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,38 @@ def _suffix(dtype: torch.dtype) -> str:
     return "" if dtype == F32 else f" {str(dtype).removeprefix('torch.')}"
 
 
+def _composed(operation: str, count: int, **options: Any) -> LossRow:
+    """A loss of any number of operands, all of one size; pos_weight is one number a column."""
+    record: Any = FUNCTIONS[operation]
+    shape = (count // 16, 16) if options.pop("pos_weight", False) else (count,)
+    words = " pos_weight" if len(shape) > 1 else ""
+
+    def make() -> tuple[Tensor, ...]:
+        return tuple(operands(record, shape, F32).values())
+
+    given = {"pos_weight": torch.full((16,), 2.0)} if words else {}
+    reads = len(operands(record, (1,), F32))
+    return LossRow(
+        f"{operation}{words} {count}", operation, make, count, (reads + 1) * 4 * count,
+        count == 1 << 24, {**options, **given},
+    )  # fmt: skip
+
+
+_COMPOSED = [
+    *[
+        (name, {"reduction": "batchmean"} if name == "kl_div" else {})
+        for name, record in FUNCTIONS.items()
+        if issubclass(record, Elementwise) and name not in ("mse_loss", "l1_loss")
+    ],
+    ("binary_cross_entropy_with_logits", {"pos_weight": True}),
+]
+
 LOSSES = [
+    *[
+        _composed(name, count, **options)
+        for name, options in _COMPOSED
+        for count in (10_000, 1 << 20, 1 << 24)
+    ],
     *[
         _classes(*shape, quick=quick)
         for shape, quick in (

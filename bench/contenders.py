@@ -53,7 +53,7 @@ def _loss(
 
     def forward_and_backward() -> None:
         leaf.grad = None
-        function(leaf, *rest).backward()
+        function(leaf, *rest, **row.options).backward()
 
     def gradient() -> list[torch.Tensor]:
         assert leaf.grad is not None

@@ -6,7 +6,6 @@ import functools
 import warnings
 import weakref
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -58,9 +57,9 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
         raise ValueError(f"to={to!r} (supported: 'fastopt', 'torch')")
     if isinstance(subject, Optimizer):
         if not (to == "fastopt" and isinstance(subject, PlannedStep)):  # a subclass of ours, too
-            _convert_optimizer(subject, _twins(OPTIMIZERS, torch.optim, to))
+            _convert_optimizer(subject, _twins(OPTIMIZERS, to))
     elif isinstance(subject, torch.nn.Module):
-        _convert_modules(subject, _twins(MODULES, torch.nn, to), to)
+        _convert_modules(subject, _twins(MODULES, to), to)
     else:
         raise TypeError(
             f"cannot convert an object of {_name(type(subject))} "
@@ -69,9 +68,14 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
     return subject
 
 
-def _twins(ours: Mapping[str, type], theirs: ModuleType, to: str) -> _Twins:
-    twins = {getattr(theirs, name): kind for name, kind in ours.items()}
-    return twins if to == "fastopt" else {ours: theirs for theirs, ours in twins.items()}
+def _twins(ours: Mapping[str, type], to: str) -> _Twins:
+    """Torch's classes are the bases of ours; torch may have ours under their names by now."""
+    pairs = [(kind, _torchs(kind)) for kind in ours.values()]
+    return {theirs: ours for ours, theirs in pairs} if to == "fastopt" else dict(pairs)
+
+
+def _torchs(kind: type) -> type:
+    return next(base for base in kind.__bases__ if base.__name__ == kind.__name__)
 
 
 def _name(kind: type) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from .dispatch import use_backend
 from .front.call import FUNCTIONS as OPERATIONS
+from .front.samples import usual
 from .nn._operations import FUNCTIONS
 from .optim._operations import OPTIMIZERS
 
@@ -33,8 +34,8 @@ def jobs(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     for name, operation in OPERATIONS.items():
         for options in operation.variants:
             for size in _SIZES:
-                for tensors in operation.samples(size, dtype):
-                    yield name, _loss(functools.partial(FUNCTIONS[name], *tensors, **options))
+                for tensors in usual(operation, size, dtype):
+                    yield name, _loss(functools.partial(FUNCTIONS[name], **tensors, **options))
     for name, settings in _OPTIMIZERS.items():
         for numbers in settings:
             for size in _SIZES:

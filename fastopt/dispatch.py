@@ -40,6 +40,7 @@ class Request(NamedTuple):
         capability: compute capability (major, minor) of a CUDA device, else None.
         insisted: the backend named in use_backend, else None.
         crossover: elements from which a loss is worth compiled code on a CPU.
+        label: which of the dtypes is that of class indices, as its place; None if none is.
     """
 
     operation: str
@@ -50,6 +51,11 @@ class Request(NamedTuple):
     capability: tuple[int, int] | None = None
     insisted: str | None = None
     crossover: int = 0
+    label: int | None = None
+
+    def numbers(self) -> tuple[torch.dtype, ...]:
+        """The dtypes of what is computed with: all but that of class indices."""
+        return tuple(d for k, d in enumerate(self.dtypes) if k != self.label)
 
 
 class Rule(NamedTuple):
@@ -163,11 +169,14 @@ _COMMON = (
         lambda r: f"{'; '.join(r.special)} (supported: none of these)",
     ),
     Rule(
+        lambda r: _FLOATS.issuperset(r.numbers()),
+        lambda r: f"dtypes={_names(r.numbers())} (supported: {_names(_FLOATS)})",
+    ),
+    Rule(
+        lambda r: r.label is None or r.dtypes[r.label] in _LABELS,
         lambda r: (
-            all(d in _FLOATS for d in r.dtypes if d not in _LABELS)
-            and all(d in _FLOATS for d in r.dtypes[:1])
+            f"class indices of {_name(r.dtypes[r.label or 0])} (supported: {_names(_LABELS)})"
         ),
-        lambda r: f"dtypes={_names(r.dtypes)} (supported: {_names(_FLOATS)})",
     ),
     Rule(
         lambda r: not (torch.float64 in r.dtypes and _HALVES & set(r.dtypes)),

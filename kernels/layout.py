@@ -6,7 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["ClassAxis", "class_axis", "dense_axis", "is_dense", "same_layout", "view_along"]
+__all__ = [
+    "ClassAxis", "class_axis", "dense_axis", "is_dense", "is_released", "released_error",
+    "same_layout", "view_along",
+]  # fmt: skip
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -79,3 +82,20 @@ def view_along(flat: torch.Tensor, shape: torch.Size, x: ClassAxis) -> torch.Ten
         (x.outer, x.classes, x.inner), (g.outer_stride, g.class_stride, g.inner_stride)
     )
     return middle.view(shape) if x.class_stride == 1 else middle.reshape(shape)
+
+
+def is_released(tensor: torch.Tensor) -> bool:
+    """Whether a tensor with elements has no memory, as after its storage was resized to 0.
+
+    Of one whose elements begin behind the storage's beginning, the address itself isn't 0.
+    """
+    null = tensor.data_ptr() == tensor.itemsize * tensor.storage_offset()
+    return null and tensor.numel() > 0 and not tensor.is_meta
+
+
+def released_error(what: str, tensor: torch.Tensor) -> RuntimeError:
+    """What to raise for it: some of torch's own code would end the process."""
+    return RuntimeError(
+        f"{what} of size {tuple(tensor.shape)} has no memory; its storage has "
+        f"{tensor.untyped_storage().nbytes()} bytes"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -26,7 +26,7 @@ class Loops(NamedTuple):
 
     def forward(
         self, options: Options, tensors: Tensors, needs: tuple[bool, ...]
-    ) -> tuple[torch.Tensor, Tensors | None, Any]:
+    ) -> tuple[torch.Tensor, Tensors | None, Tensors]:
         """The loss, and perhaps its gradients for the grad_output that is expected.
 
         Args:
@@ -36,9 +36,10 @@ class Loops(NamedTuple):
 
         Returns:
             The loss; a gradient for each tensor that needs one, or None in place of the
-            gradients where they are left to `backward`; and what else that wants to see again.
+            gradients where they are left to `backward`, as they are where no grad_output is
+            expected; and what else that wants to see again.
         """
-        result: tuple[torch.Tensor, Tensors | None, Any]
+        result: tuple[torch.Tensor, Tensors | None, Tensors]
         result = self.of(options).forward(options, tensors, needs)
         return result
 
@@ -47,7 +48,7 @@ class Loops(NamedTuple):
         options: Options,
         tensors: Tensors,
         grads: Tensors | None,
-        kept: Any,
+        kept: Tensors,
         grad_output: torch.Tensor,
         needs: tuple[bool, ...],
     ) -> Tensors:

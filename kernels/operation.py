@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import torch
@@ -68,11 +68,6 @@ class Operation:
         """The flags, in their order."""
         return tuple([bool(getattr(self, name)) for name in self.flags])
 
-    @classmethod
-    def samples(cls, size: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Arguments of usual calls with so many elements, to compile ahead what they need."""
-        raise NotImplementedError
-
 
 class Elementwise(Operation):
     """A loss whose value at a place depends on its operands at that place alone.
@@ -88,6 +83,8 @@ class Elementwise(Operation):
         reductions: those it has.
         integers: the operands that may be integers.
         constants: the operands that have no derivative in torch, either.
+        domains: what the numbers of an operand are, where not any: "unit" for 0 to 1, "positive",
+            "sign" for 1 or -1, "log" for logarithms of probabilities.
         same_sizes, same_dtypes: whether the first two operands have to be of one size, and all
             operands of one dtype.
         weighted_as_input: whether the other operands have to be of the first one's size.
@@ -102,6 +99,7 @@ class Elementwise(Operation):
     reductions: ClassVar[tuple[str, ...]] = ("none", "mean", "sum")
     integers: ClassVar[tuple[str, ...]] = ()
     constants: ClassVar[tuple[str, ...]] = ()
+    domains: ClassVar[dict[str, str]] = {}
     same_sizes: ClassVar[bool] = False
     same_dtypes: ClassVar[bool] = False
     weighted_as_input: ClassVar[bool] = False
@@ -112,17 +110,6 @@ class Elementwise(Operation):
         parameters = inspect.signature(cls.value_and_slopes).parameters
         cls.operands = tuple(parameters)[1:]
         cls.arranged = cls.arrange is not Elementwise.arrange
-
-    @classmethod
-    def samples(cls, size: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, ...]]:
-        parameters = inspect.signature(cls.twin).parameters
-        yield tuple(
-            [  # a half is a probability, a variance and a distance
-                torch.full((size,), 0.5, dtype=dtype, requires_grad=name != "target")
-                for name in cls.operands
-                if parameters[name].default is inspect.Parameter.empty
-            ]
-        )
 
     def value_and_slopes(self, *operands: Any) -> Any:
         raise NotImplementedError
@@ -153,12 +140,6 @@ class Softmax(Operation):
     _abstract = True
     operands = ("input", "target", "weight")
 
-    @classmethod
-    def samples(cls, size: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, ...]]:
-        for classes in (128, 8):  # rows that are walked as they are, and ones that are turned
-            logits = torch.zeros(size // classes, classes, dtype=dtype, requires_grad=True)
-            yield logits, torch.zeros(len(logits), dtype=torch.int64)
-
 
 class Options(NamedTuple):
     """One call of a loss without its tensors.
@@ -167,11 +148,11 @@ class Options(NamedTuple):
         record: the operation's.
         reduction: "none", "mean", "sum" or "batchmean".
         dtype: the dtype of the result.
-        grad_output: what the backward pass is expected to be given. A backend that can't look
-            at a grad_output before its kernels run is told 1.
+        grad_output: what the backward pass is expected to be given, None if that is unknown.
+            A backend that can't look at a grad_output before its kernels run is told 1 or None.
     """
 
     record: Operation
     reduction: str
     dtype: torch.dtype
-    grad_output: float = 1.0
+    grad_output: float | None = 1.0

@@ -8,12 +8,16 @@ float64; the yardstick is torch's own error in the tensors' dtype.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+
+from fastopt.front.call import FUNCTIONS, RouteCache
 
 #: The machine under test: where tensors are, and the compiled backend that serves them.
 DEVICE = os.environ.get("FASTOPT_TEST_DEVICE", "cpu")
@@ -230,6 +234,17 @@ OPTIMIZERS = [
 #: (In the interpreter a large one only takes longer.)
 LARGE = 5003 if INTERPRETED else 40_003
 SHAPES = ((1,), (64,), (70,), (3, 5, 7), (), (4099,), (0,), (LARGE,), (2, 0))
+
+
+@contextmanager
+def any_size_counts() -> Iterator[None]:
+    """Set the sizes aside below which torch's own code is faster."""
+    with ExitStack() as stack:
+        for operation in set(FUNCTIONS.values()):
+            stack.enter_context(mock.patch.multiple(operation, crossover=0, row_crossover={}))
+        RouteCache.forget()
+        yield
+    RouteCache.forget()
 
 
 def ulps(dtype: torch.dtype, scale: float) -> float:

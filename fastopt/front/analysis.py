@@ -23,13 +23,23 @@ class Call(NamedTuple):
         request: for the dispatcher.
         options: the call without its tensors.
         tensors: the operation's operands, None for one that wasn't given.
+        classes: of a softmax, else 0.
         warning: what torch warns of at such a call.
     """
 
     request: Request
     options: Options
     tensors: tuple[Tensor | None, ...]
+    classes: int = 0
     warning: str | None = None
+
+    def kind(self) -> tuple[Any, ...]:
+        """What calls have in common that their backward passes are expected to agree for.
+
+        It has no sizes but the number of classes: another batch, or sequences of another
+        length, is no other kind.
+        """
+        return self.options, self.request.dtypes, self.classes
 
 
 def record_of(

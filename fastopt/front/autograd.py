@@ -8,61 +8,103 @@ import torch
 from torch import Tensor
 
 from ..kernels import reference
+from ..kernels.layout import is_released, released_error
 from ..kernels.operation import Options
 
 Tensors = tuple[Tensor | None, ...]
 
 
-class Habit:
-    """What the backward passes of one kind of call have asked for.
+class Expected:
+    """What the backward passes of one kind of call are expected to ask for.
 
-    Two in a row for the same number (a loss divided by the batches to accumulate, a GradScaler's
-    scale) make the next forward pass leave the gradients for that one behind. They are the same
-    to the last bit as those that a backward pass computes.
+    The forward pass leaves the gradients for that grad_output behind, the same to the last bit
+    as those that a backward pass computes. At first it is 1. A backward pass that asks for
+    another number makes it unknown, and then the gradients are computed once, in the backward
+    pass, until one number has come often enough in a row (a loss divided by the batches to
+    accumulate, a GradScaler's scale). Each wrong guess doubles how often that is, so that numbers
+    which go on changing cost hardly a gradient in vain; one that holds for long ends that.
+
+    Threads may note numbers at once. At worst a guess is then wrong, and a guess is compared with
+    what is asked for before its gradients are handed over.
 
     Attributes:
-        expected: the grad_output to expect.
+        number: the grad_output to expect, None if that is unknown.
     """
 
-    __slots__ = ("_last", "expected")
+    MOST_NEEDED, SETTLED = 64, 100
+    __slots__ = ("_last", "_needed", "_run", "number")
 
     def __init__(self) -> None:
-        self.expected = self._last = 1.0
+        self.number: float | None = 1.0
+        self._last, self._run, self._needed = 1.0, 0, 1
 
     def note(self, number: float) -> None:
-        if number == self._last and number:  # of zeros the sign would count
-            self.expected = number
-        self._last = number
+        """Learn from one backward pass."""
+        if number == self._last:
+            self._run += 1
+        else:
+            if self.number is not None:
+                self._needed = min(2 * self._needed, self.MOST_NEEDED)
+            self.number, self._last, self._run = None, number, 1
+        if self._run >= self.SETTLED:
+            self._needed = 1
+        if self._run >= self._needed and number:  # of the gradients for zeros the sign would count
+            self.number = number
 
 
-def evaluate(backend: Any, options: Options, habit: Habit, tensors: Tensors) -> Tensor:
+def evaluate(backend: Any, options: Options, expected: Expected, tensors: Tensors) -> Tensor:
     """The loss by a compiled backend."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        if habit.expected != 1:
-            options = options._replace(grad_output=habit.expected)
-        result: Tensor = _FusedLoss.apply(backend, options, habit, *tensors)  # type: ignore[no-untyped-call]
+        # Hooks on saved tensors are there to save memory, and gradients would pass them by.
+        number = None if _saved_tensors_are_hooked() else expected.number
+        if number != 1:
+            options = options._replace(grad_output=number)
+        result: Tensor = _FusedLoss.apply(backend, options, expected, *tensors)  # type: ignore[no-untyped-call]
         return result
     loss: Tensor = backend.forward(options, tensors, (False,) * len(tensors))[0]
     return loss
 
 
+def _saved_tensors_are_hooked() -> bool:
+    """Whether what a function saves here is packed by hooks, as under activation checkpointing."""
+    return _top_hooks(True) is not None
+
+
+def _probe_hooks(_: bool) -> object:
+    """The same as `_top_hooks` for torch before 2.8: hooks that are there can't be forbidden."""
+    if _autograd._saved_tensors_hooks_get_disabled_error_message() is not None:
+        return None
+    try:
+        _autograd._saved_tensors_hooks_disable("")
+    except RuntimeError:
+        return True
+    finally:
+        _autograd._saved_tensors_hooks_enable()
+    return None
+
+
+_autograd: Any = torch._C._autograd
+_top_hooks = getattr(_autograd, "_top_saved_tensors_default_hooks", _probe_hooks)
+
+
 class _FusedLoss(torch.autograd.Function):
     """Any loss by any compiled backend.
 
-    The forward pass may leave the gradients for one grad_output behind, for 1 unless others
-    have been asked for, as the usual ``loss.backward()`` does; they are handed over, once.
-    Everything else (another or a per-sample grad_output, a second backward) is computed from
+    The forward pass may leave the gradients for one grad_output behind; they are handed over,
+    once. Everything else (another or a per-sample grad_output, a second backward) is computed from
     the inputs.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, backend: Any, options: Options, habit: Habit, *tensors: Tensor | None
+        ctx: Any, backend: Any, options: Options, expected: Expected, *tensors: Tensor | None
     ) -> Tensor:
         needs = ctx.needs_input_grad[3:]
-        loss, ctx.grads, ctx.kept = backend.forward(options, tensors, needs)
-        ctx.backend, ctx.options, ctx.habit = backend, options, habit
-        ctx.save_for_backward(*tensors)
+        loss, ctx.grads, kept = backend.forward(options, tensors, needs)
+        ctx.backend, ctx.options, ctx.expected = backend, options, expected
+        saved = (*tensors, *kept)
+        ctx.given = tuple([t is not None for t in saved])  # who reads saved_tensors finds no None
+        ctx.save_for_backward(*[t for t in saved if t is not None])
         ctx.set_materialize_grads(False)
         result: Tensor = loss
         return result
@@ -71,33 +113,34 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad_output,) = grad_outputs
         needs = ctx.needs_input_grad[3:]
-        grads, ctx.grads = ctx.grads, None
+        grads = vars(ctx).pop("grads", None)  # at once: threads may go back through one graph
         if grad_output is None:
             return (None,) * (3 + len(needs))
         if grad_output.is_neg():
             grad_output = grad_output.resolve_neg()
         if torch.is_grad_enabled() or _is_followed(grad_output):  # create_graph and the like
-            grads = _torch_grads(ctx.options, ctx.saved_tensors, grad_output, needs)
+            tensors, _ = _saved(ctx)
+            grads = _torch_grads(ctx.options, tensors, grad_output, needs)
         else:
             number = ctx.backend.number_of(grad_output)
             if number is not None:
-                ctx.habit.note(number)
+                ctx.expected.note(number)
             if grads is None or number != ctx.options.grad_output:
-                saved = ctx.saved_tensors  # once: activation checkpointing unpacks a tensor once
-                if any(t is not None and is_released(t) for t in saved):
-                    raise RuntimeError(
-                        "the memory of a tensor that a loss was computed from has been released, "
-                        "and its gradient for this grad_output is computed from it"
-                    )
-                given = (saved, grads, ctx.kept, grad_output)
+                tensors, kept = _saved(ctx)
+                for t in tensors:
+                    if t is not None and is_released(t):
+                        raise released_error("a tensor that a loss has been computed from", t)
+                given = (tensors, grads, kept, grad_output)
                 grads = ctx.backend.backward(ctx.options, *given, needs)
         return (None, None, None, *grads)
 
 
-def is_released(t: Tensor) -> bool:
-    """Whether a tensor with elements has no memory: its storage was resized to 0, most often."""
-    null = t.data_ptr() == t.itemsize * t.storage_offset()
-    return null and t.numel() > 0 and not t.is_meta
+def _saved(ctx: Any) -> tuple[Tensors, Tensors]:
+    """The call's tensors, and what forward kept beside them."""
+    found = iter(ctx.saved_tensors)  # once: activation checkpointing unpacks a tensor once
+    every = tuple([next(found) if given else None for given in ctx.given])
+    count = len(ctx.needs_input_grad) - 3
+    return every[:count], every[count:]
 
 
 def _is_followed(grad_output: Tensor) -> bool:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, ParamSpec
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,9 +18,10 @@ from torch.utils._device import DeviceContext
 from .. import dispatch
 from ..dispatch import Decision, Request
 from ..errors import BackendUnavailable
+from ..kernels.layout import is_released, released_error
 from ..kernels.operation import Operation, Options
 from .analysis import Call, analyse
-from .autograd import Habit, evaluate, is_released
+from .autograd import Expected, evaluate
 from .crossover import crossover, quick_test, usual_crossover
 
 # Names of their own, for what the smallest calls have to ask.
@@ -48,6 +50,8 @@ def prepare(
     tensors: Tensors,
     special: list[str],
     row: int = 0,
+    classes: int = 0,
+    label: int | None = None,
 ) -> Call:
     """Summarise a call.
 
@@ -60,6 +64,8 @@ def prepare(
         tensors: its operands, None for one that wasn't given; the first one is the input.
         special: what is known to be beyond the compiled backends.
         row: of a softmax, its classes if they lie side by side.
+        classes: of a softmax.
+        label: which of the operands has class indices, as its place.
     """
     input = tensors[0]
     assert input is not None
@@ -69,7 +75,8 @@ def prepare(
         special.append(f"reduction={reduction!r}")
     device = input.device
     # integers among the operands of an elementwise loss become numbers of the others' dtype
-    dtypes = tuple([t.dtype for t in given if row or t.is_floating_point() or t.is_complex()])
+    numbers = [t.is_floating_point() or t.is_complex() for t in given]
+    dtypes = tuple([t.dtype for k, t in enumerate(given) if numbers[k] or classes or k == label])
     if autocasts(device):
         # Losses are on autocast's float32 list. A kernel computes in float32 anyway and
         # writes each gradient in its tensor's own dtype, so no cast copies are needed.
@@ -77,11 +84,15 @@ def prepare(
         if torch.float64 in dtypes:
             special.append("float64 under autocast, which leaves it alone")
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    numel = input.numel()
+    if type(numel) is not int:
+        special.append(f"{numel} elements, a symbol")
+        numel = row = classes = 0
     request = Request(
-        function, device.type, dtypes, input.numel(), tuple(special), capability,
-        dispatch.insisted(), crossover(type(record), input.dtype.itemsize, row),
+        function, device.type, dtypes, numel, tuple(special), capability, dispatch.insisted(),
+        crossover(type(record), input.dtype.itemsize, row), label,
     )  # fmt: skip
-    return Call(request, Options(record, reduction, dtype), tensors)
+    return Call(request, Options(record, reduction, dtype), tensors, classes)
 
 
 def autocasts(device: torch.device) -> bool:
@@ -102,10 +113,7 @@ def _add_circumstances(tensors: list[Tensor], special: list[str]) -> None:
         elif t._is_zerotensor():
             special.append("a tensor of zeros without memory")
         elif not ambience and is_released(t):  # under a transform tensors have no address
-            raise RuntimeError(  # some of torch's own code would end the process
-                f"a tensor of size {tuple(t.shape)} has no memory; its storage has "
-                f"{t.untyped_storage().nbytes()} bytes"
-            )
+            raise released_error("a tensor", t)  # some of torch's own code would end the process
         if t.device != device:
             special.append("tensors on different devices")
     special += ambience
@@ -135,6 +143,16 @@ def _has_function_mode() -> bool:
     )
 
 
+def _is_foreign(values: tuple[Any, ...]) -> bool:
+    """Whether a call is torch's for what its tensors are, or for what is around it.
+
+    Nothing need be asked of such tensors then: their sizes may be symbols, on which to decide
+    would narrow a trace, or not be known yet.
+    """
+    foreign = any(isinstance(v, Tensor) and type(v) not in _PLAIN for v in values)
+    return foreign or bool(_ambience())
+
+
 class Route(NamedTuple):
     """A call's analysis, for all calls of the same metadata.
 
@@ -142,14 +160,14 @@ class Route(NamedTuple):
         backend: the one to serve it, None for the reference.
         options: the call without its tensors.
         places: where the arguments have each operand; None for one not given.
-        habit: of their backward passes.
+        expected: of their backward passes.
         warning: what torch warns of at such a call.
     """
 
     backend: Any
     options: Options
     places: tuple[int | None, ...]
-    habit: Habit
+    expected: Expected
     warning: str | None
 
     def serve(self, values: tuple[Any, ...]) -> Tensor | None:
@@ -161,7 +179,7 @@ class Route(NamedTuple):
         record: Any = self.options.record
         if record.arranged:
             tensors = record.arrange(*tensors)
-        return evaluate(self.backend, self.options, self.habit, tensors)
+        return evaluate(self.backend, self.options, self.expected, tensors)
 
 
 class RouteCache:
@@ -172,6 +190,7 @@ class RouteCache:
 
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], Route] = {}
+        self._expected: dict[tuple[Any, ...], Expected] = {}
         self._all.append(self)
 
     @classmethod
@@ -180,6 +199,7 @@ class RouteCache:
         dispatch.choose.cache_clear()
         for cache in cls._all:
             cache._known.clear()
+            cache._expected.clear()
 
     def find(self, key: tuple[Any, ...] | None) -> Route | None:
         return None if key is None else self._known.get(key)
@@ -197,12 +217,18 @@ class RouteCache:
         """
         name = dispatch.choose(call.request).backend
         backend = None if name == "reference" else dispatch.load(name)
-        route = Route(backend, call.options, places, Habit(), call.warning)
+        route = Route(backend, call.options, places, self._expect(name, call), call.warning)
         if key is not None:
             if len(self._known) >= self.LIMIT:
                 self._known.clear()
             self._known[key] = route
         return route
+
+    def _expect(self, backend: str, call: Call) -> Expected:
+        """What the backward passes of calls like this one have asked a backend for."""
+        if len(self._expected) >= self.LIMIT:
+            self._expected.clear()
+        return self._expected.setdefault((backend, *call.kind()), Expected())
 
 
 def _key(names: Any, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -223,7 +249,7 @@ def _key(names: Any, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
             device = value.device
             key += (value.shape, value.stride(), value.dtype, device, value.requires_grad)
             key.append(autocasts(device))
-        elif kind in _NUMBERS:
+        elif kind in _NUMBERS or isinstance(value, np.number):
             key += (kind, value)
         else:
             return None
@@ -287,11 +313,13 @@ def loss(
             key = _key(kwargs, values)
             route = cache.find(key)
             if route is None:
+                if (tracer := _tracer(*values)) is not None:
+                    node: Tensor = tracer.create_proxy("call_function", function, args, kwargs)
+                    return node
+                if key is None and insisted() is None and _is_foreign(values):
+                    return fallback(*args, **kwargs)
                 call = analysed(args, kwargs)
                 if call is None:
-                    if (tracer := _tracer(*values)) is not None:
-                        node: Tensor = tracer.create_proxy("call_function", function, args, kwargs)
-                        return node
                     return fallback(*args, **kwargs)
                 try:
                     route = cache.settle(key, call, places(args, kwargs))
@@ -387,7 +415,8 @@ class LossModule:
         torchs: Any = next(c for c in cls.__mro__ if c.__module__.startswith("torch.nn."))
         cls._function = staticmethod(function)
         cls._tensors = tuple(inspect.signature(torchs.forward).parameters)[1:]
-        options = list(inspect.signature(function).parameters)[len(cls._tensors) :]
+        known = inspect.signature(function).parameters
+        options = [name for name in inspect.signature(torchs).parameters if name in known]
         cls._named = tuple(name for name in options if name not in ("size_average", "reduce"))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:

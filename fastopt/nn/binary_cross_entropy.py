@@ -19,6 +19,7 @@ class BCE(Elementwise):
     same_sizes = True
     same_dtypes = True
     checked = True
+    domains = {"input": "unit", "target": "unit"}
 
     def value_and_slopes(h, input: Any, target: Any, weight: Any) -> Any:
         rest = 1.0 - input

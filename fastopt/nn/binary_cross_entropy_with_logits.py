@@ -17,6 +17,7 @@ __all__ = ["BCEWithLogitsLoss", "binary_cross_entropy_with_logits"]
 class BCEWithLogits(Elementwise):
     slopes = 2
     same_sizes = True
+    domains = {"target": "unit", "pos_weight": "positive"}
 
     def value_and_slopes(h, input: Any, target: Any, weight: Any, pos_weight: Any) -> Any:
         share = (pos_weight - 1.0) * target + 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._C import _nn
@@ -17,7 +18,8 @@ from ..kernels.reference import out_of_bounds
 
 __all__ = ["CrossEntropyLoss", "cross_entropy"]
 
-_LABELS = (torch.int64, torch.uint8)
+# Bound now: a user may put fastopt's functions in the place of torch's.
+_torchs, _native = F.cross_entropy, _nn.cross_entropy_loss
 
 
 class CrossEntropy(Softmax):
@@ -33,7 +35,7 @@ class CrossEntropy(Softmax):
     variants = ({}, {"label_smoothing": 0.1})
     crossover = 122_880
     # What is shorter than a vector torch computes number by number, a few vectors it does well.
-    row_crossover = {  # noqa: RUF012
+    row_crossover = {
         2: ((31, 6_144), (128, 524_288)),
         4: ((15, 6_144), (31, 122_880), (128, 524_288)),
         8: ((31, 16_384),),
@@ -47,6 +49,10 @@ def _analyse(function: str, arguments: dict[str, Any]) -> Call | None:
     if not all(isinstance(t, Tensor) for t in (input, target) + (weight,) * (weight is not None)):
         return None
     special = []
+    if isinstance(label_smoothing, np.number):
+        label_smoothing = label_smoothing.item()
+    if isinstance(ignore_index, np.integer):
+        ignore_index = ignore_index.item()
     if size_average is not None or reduce is not None:
         special.append("the deprecated size_average or reduce")
     if type(label_smoothing) not in (float, int) or not 0.0 <= label_smoothing <= 1.0:
@@ -62,8 +68,6 @@ def _analyse(function: str, arguments: dict[str, Any]) -> Call | None:
         special += _probability_specials(input, target, ignore_index)
     elif target.shape != input.shape[:1] * (input.dim() > 1) + input.shape[2:]:
         special.append(f"sizes {tuple(input.shape)} and {tuple(target.shape)}")
-    elif target.dtype not in _LABELS:
-        special.append(f"a target of dtype {target.dtype}")
     if target.dtype == torch.uint8 and input.dim() > 2:
         special.append("uint8 targets of more than rows, which torch refuses")
     if weight is not None:
@@ -79,7 +83,8 @@ def _analyse(function: str, arguments: dict[str, Any]) -> Call | None:
     row = axis.classes if axis is not None and axis.class_stride == 1 else 0
     return prepare(
         function, record, tuple(REDUCTIONS), arguments["reduction"], input.dtype,
-        (input, target, weight), special, row,
+        (input, target, weight), special, row, 0 if axis is None else axis.classes,
+        None if target.is_floating_point() else 1,
     )  # fmt: skip
 
 
@@ -121,10 +126,8 @@ def _torch_cross_entropy(
             and not torch._C._len_torch_function_stack()
         ):
             number: Any = REDUCTIONS[reduction]
-            return _nn.cross_entropy_loss(
-                input, target, weight, number, ignore_index, label_smoothing
-            )
-        return F.cross_entropy(
+            return _native(input, target, weight, number, ignore_index, label_smoothing)
+        return _torchs(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
     except IndexError as error:

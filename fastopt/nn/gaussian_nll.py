@@ -20,6 +20,7 @@ class GaussianNLL(Elementwise):
     slopes = 3
     integers = ("target",)
     checked = True
+    domains = {"var": "positive"}
 
     def refuse(h) -> str | None:
         return None if h.eps > 0 else f"eps={h.eps}"

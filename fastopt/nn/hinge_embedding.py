@@ -18,6 +18,7 @@ class HingeEmbedding(Elementwise):
     margin: float = 1.0
     integers = ("target",)
     constants = ("target",)
+    domains = {"target": "sign"}
 
     def value_and_slopes(h, input: Any, target: Any) -> Any:
         rest = h.margin - input

@@ -18,6 +18,7 @@ class KLDiv(Elementwise):
     log_target: bool = False
     slopes = 2
     reductions = ("none", "mean", "sum", "batchmean")
+    domains = {"input": "log", "target": "unit"}
 
     def warning(h, reduction: str, *operands: Any) -> str | None:
         if reduction != "mean":

@@ -17,6 +17,7 @@ __all__ = ["MarginRankingLoss", "margin_ranking_loss"]
 class MarginRanking(Elementwise):
     margin: float = 0.0
     slopes = 3
+    domains = {"target": "sign"}
 
     integers = ("target",)
 

@@ -20,6 +20,7 @@ class PoissonNLL(Elementwise):
     full: bool = False
     slopes = 2
     integers = ("target",)
+    domains = {"target": "positive"}
 
     def value_and_slopes(h, input: Any, target: Any) -> Any:
         if h.log_input:

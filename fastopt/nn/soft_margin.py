@@ -15,6 +15,8 @@ __all__ = ["SoftMarginLoss", "soft_margin_loss"]
 
 
 class SoftMargin(Elementwise):
+    domains = {"target": "sign"}
+
     def value_and_slopes(h, input: Any, target: Any) -> Any:
         x = -target * input
         return m.softplus(x), -target * m.sigmoid(x)

@@ -225,25 +225,29 @@ def _empty_gradient(input: torch.Tensor, x: ClassAxis) -> torch.Tensor:
 
 def forward(
     options: Options, tensors: tuple[torch.Tensor | None, ...], needs: tuple[bool, ...]
-) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...] | None, None]:
-    """The loss, and its gradients for the grad_output expected (None where that has no number)."""
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...] | None, tuple[()]]:
+    """The loss, and its gradients for the grad_output expected; None if there is none."""
     call = _prepare(options, tensors)
     if options.reduction == "none":
         shape = call.input.shape[:1] + call.input.shape[2:] if call.input.dim() > 1 else ()
         losses = call.input.new_empty(shape, dtype=options.dtype)
         _run(call, losses, None, None, None, 1.0)
-        return losses, None, None
+        return losses, None, ()
     loss = torch.empty((), dtype=options.dtype, device="cpu")
-    grad = _empty_gradient(call.input, call.axis) if needs[0] else None
-    _run(call, None, grad, None, loss, options.grad_output * _inverse(call.denominator))
-    return loss, None if grad is None else (grad, None, None), None
+    expected = options.grad_output
+    if expected is None or not needs[0]:
+        _run(call, None, None, None, loss, 0.0)
+        return loss, None, ()
+    grad = _empty_gradient(call.input, call.axis)
+    _run(call, None, grad, None, loss, expected * _inverse(call.denominator))
+    return loss, (grad, None, None), ()
 
 
 def backward(
     options: Options,
     tensors: tuple[torch.Tensor | None, ...],
     grads: tuple[torch.Tensor | None, ...] | None,
-    kept: None,
+    kept: tuple[()],
     grad_output: torch.Tensor,
     needs: tuple[bool, ...],
 ) -> tuple[torch.Tensor | None, ...]:

@@ -190,26 +190,29 @@ def _divisor(options: Options, tensors: Tensors, place: Walk) -> float:
 
 def forward(
     options: Options, tensors: Tensors, needs: tuple[bool, ...]
-) -> tuple[torch.Tensor, Tensors | None, None]:
-    """The loss, and its gradients for the grad_output expected (None where that has no number)."""
+) -> tuple[torch.Tensor, Tensors | None, tuple[()]]:
+    """The loss, and its gradients for the grad_output expected; None if there is none."""
     operands, place = walk(numbers_of(tensors))
     if options.reduction == "none":
         values = empty_like_walk(operands, options.dtype, place, memory.empty)
         _run(options, operands, place, 1.0, 1.0, values=values)
-        return values, None, None
+        return values, None, ()
     divisor = _divisor(options, tensors, place)
     loss = torch.empty((), dtype=options.dtype, device="cpu")
-    wanted = any(needs)
-    grads = empty_grads(options.record, operands, needs, place, memory.empty) if wanted else ()
-    _run(options, operands, place, divisor, options.grad_output / divisor, grads, loss=loss)
-    return loss, to_operands(grads, tensors) if wanted else None, None
+    expected = options.grad_output
+    if expected is None or not any(needs):
+        _run(options, operands, place, divisor, 0.0, loss=loss)
+        return loss, None, ()
+    grads = empty_grads(options.record, operands, needs, place, memory.empty)
+    _run(options, operands, place, divisor, expected / divisor, grads, loss=loss)
+    return loss, to_operands(grads, tensors), ()
 
 
 def backward(
     options: Options,
     tensors: Tensors,
     grads: Tensors | None,
-    kept: None,
+    kept: tuple[()],
     grad_output: torch.Tensor,
     needs: tuple[bool, ...],
 ) -> Tensors:

@@ -295,12 +295,13 @@ def _empty_gradient(call: _Call) -> torch.Tensor:
 
 
 def _recomputes(options: Options, input: torch.Tensor) -> bool:
-    return options.reduction == "none" or input.dtype == torch.float16
+    unknown = options.reduction == "none" or options.grad_output is None
+    return unknown or input.dtype == torch.float16
 
 
 def forward(
     options: Options, tensors: tuple[torch.Tensor | None, ...], needs: tuple[bool, ...]
-) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...] | None, Kept | None]:
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...] | None, tuple[torch.Tensor | None, ...]]:
     """The loss, and its gradients for a grad_output of 1 or None."""
     call = _prepare(options, tensors)
     input, cut = call.input, call.cut()
@@ -325,20 +326,20 @@ def forward(
         _run(call, cut, kept, split, losses=lines)
         if split:
             losses.copy_(lines.view(cut.splits, *shape).sum(0))
-        return losses, None, kept
+        return losses, None, kept or ()
     blocks = -(-call.positions // cut.rows) * cut.splits
     partials = reduction.empty_partials(blocks, input)
     _run(call, cut, kept, split, grad, partials=partials)
     divisor = call.positions if options.reduction == "mean" else None
     loss = reduction.reduce(partials, options.dtype, target_masses, divisor)
-    return loss, None if grad is None else (grad, None, None), kept
+    return loss, None if grad is None else (grad, None, None), kept or ()
 
 
 def backward(
     options: Options,
     tensors: tuple[torch.Tensor | None, ...],
     grads: tuple[torch.Tensor | None, ...] | None,
-    kept: Kept,
+    kept: tuple[torch.Tensor | None, ...],
     grad_output: torch.Tensor,
     needs: tuple[bool, ...],
 ) -> tuple[torch.Tensor | None, ...]:
@@ -346,9 +347,8 @@ def backward(
     call = _prepare(options, tensors)
     cut = call.cut(twice=False)
     grad = grads[0] if grads else _empty_gradient(call)
-    _run(
-        call, cut, kept, True, grad, grad_output=grad_output.contiguous(), ready=grads is not None
-    )  # fmt: skip
+    ready = grads is not None
+    _run(call, cut, Kept._make(kept), True, grad, grad_output=grad_output.contiguous(), ready=ready)
     return grad, None, None
 
 

@@ -162,7 +162,8 @@ def _recomputes(options: Options, tensors: Tensors) -> bool:
     """
     first = next(t for t in tensors if t is not None)
     weighted = mass_of(options, tensors) is not None
-    return options.reduction == "none" or first.dtype == torch.float16 or weighted
+    unknown = options.reduction == "none" or options.grad_output is None
+    return unknown or first.dtype == torch.float16 or weighted
 
 
 def _empty_on(tensors: Tensors) -> Any:
@@ -172,14 +173,14 @@ def _empty_on(tensors: Tensors) -> Any:
 
 def forward(
     options: Options, tensors: Tensors, needs: tuple[bool, ...]
-) -> tuple[torch.Tensor, Tensors | None, None]:
+) -> tuple[torch.Tensor, Tensors | None, tuple[()]]:
     """The loss, and its gradients for a grad_output of 1 or None."""
     operands, place = walk(numbers_of(tensors))
     empty = _empty_on(tensors)
     if options.reduction == "none":
         values = empty_like_walk(operands, options.dtype, place, empty)
         _run(options, operands, place, None, values=values)
-        return values, None, None
+        return values, None, ()
     grads = None
     if any(needs) and not _recomputes(options, tensors):
         grads = empty_grads(options.record, operands, needs, place, empty)
@@ -190,14 +191,14 @@ def forward(
     mass = mass_of(options, tensors)
     if mass is not None:
         loss /= mass.sum(dtype=partials.dtype)
-    return loss, None if grads is None else to_operands(grads, tensors), None
+    return loss, None if grads is None else to_operands(grads, tensors), ()
 
 
 def backward(
     options: Options,
     tensors: Tensors,
     grads: Tensors | None,
-    kept: None,
+    kept: tuple[()],
     grad_output: torch.Tensor,
     needs: tuple[bool, ...],
 ) -> Tensors:
