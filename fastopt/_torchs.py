@@ -51,7 +51,7 @@ def _torchs(name: str) -> str:
 
 
 class _Finder(MetaPathFinder):
-    """Finds `fastopt.nn.utils.rnn` and the like: torch's module itself, under one more name.
+    """Finds torch's modules below fastopt's packages: those that torch hasn't loaded by itself.
 
     By the path of their package such modules would be loaded a second time, with classes of
     their own; so this has to come before the finder that goes by paths.
@@ -76,9 +76,22 @@ class _Alias(Loader):
     def exec_module(self, module: ModuleType) -> None:
         # A module may put another one in its own place; that one keeps its name and its spec.
         sys.modules[module.__name__] = importlib.import_module(_torchs(module.__name__))
+        _name_loaded()
+
+
+def _name_loaded() -> None:
+    """Give the modules that torch has loaded their second names.
+
+    An import that finds no name yet ends by making the module an attribute of its package, and
+    torch has functions in such places: torch.nn.utils.spectral_norm.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("torch.nn.", "torch.optim.")):
+            sys.modules.setdefault(_ours(name), module)
 
 
 def install() -> None:
-    """Have torch's modules found below fastopt's."""
+    """Have torch's modules found below fastopt's, `fastopt.nn.utils.rnn` and the like."""
+    _name_loaded()
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

@@ -300,7 +300,7 @@ def weights_init(m):
 torch.manual_seed(0)
 real = torch.randn(16, 1, 8, 8)
 netG = nn.Sequential(
-    nn.ConvTranspose2d(6, 8, 4), nn.BatchNorm2d(8), nn.ReLU(True),
+    nn.ConvTranspose2d(6, 8, 4, bias=False), nn.BatchNorm2d(8), nn.ReLU(True),
     nn.ConvTranspose2d(8, 1, 4, 2, 1), nn.Tanh(),
 )
 netG.apply(weights_init)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import fastopt
-from fastopt.nn._loss import LossModule
+from fastopt.front.call import LossModule
 from fastopt.optim._planned import PlannedStep
 
 NAMES = pytest.mark.parametrize("name", OPTIMIZERS)

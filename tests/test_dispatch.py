@@ -198,21 +198,18 @@ def test_quick_test_of_size(operation: str) -> None:
             if rows < 1:
                 continue
             call = {"operation": operation, "dtypes": (dtype, dtype), "numel": rows * width}
-
-            def settle(row: int) -> str:
-                limit = crossover(kind, dtype.itemsize, row)
-                return choose(**call, crossover=limit).backend
-
-            settled = settle(width if steps else 0)
+            aside, apart = [
+                choose(**call, crossover=crossover(kind, dtype.itemsize, row)).backend
+                for row in (width, 0)
+            ]
+            settled = aside if steps else apart
             input = torch.empty(rows, width, dtype=dtype, device="meta")
             assert not quick(input) or settled == "reference"
-            settled = settle(0)
             transposed = torch.empty(width, rows, dtype=dtype, device="meta").t()
-            assert not quick(transposed) or settled == "reference"
+            assert not quick(transposed) or apart == "reference"
             if steps:  # (batch, classes, length), the classes side by side
-                settled = settle(width)
                 rest = torch.empty(1, rows, width, dtype=dtype, device="meta").transpose(1, 2)
-                assert not quick(rest) or settled == "reference"
+                assert not quick(rest) or aside == "reference"
     assert quick(torch.empty(1, 1000))
     assert quick(torch.empty(2, 1000, 3)) or operation == "cross_entropy"
 

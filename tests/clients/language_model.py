@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import fastopt
+from fastopt import dispatch
 from fastopt.front.call import FUNCTIONS
 
 MODULES = (argparse, ast, copy, functools, inspect, typing)
