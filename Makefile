@@ -1,8 +1,20 @@
 # Two commands do all their own set-up: `make demo` and `make test`.
-PYTHON ?= python3
+PYTHON ?= $(if $(filter Windows_NT,$(OS)),python,python3)
+# Where torch comes from, if not from the package index, whose build for Linux brings gigabytes of
+# CUDA: make test TORCH_INDEX=https://download.pytorch.org/whl/cpu has the one for CPUs.
+TORCH_INDEX ?=
+# Builds of torch for CPUs bring no Triton; on Linux the tests then get the one that CUDA builds of
+# the torch in constraints.txt ask for (tests/test_resolution.py compares).
+TRITON := triton==3.7.1; sys_platform == "linux"
+
 VENV := .venv
-BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# bin, or on Windows Scripts
+BIN := $(VENV)/$(shell $(PYTHON) -c "import os, sysconfig as s; print(os.path.basename(s.get_path('scripts')))")
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# What is installed: torch alone, with what the demo needs, with what the tests need.
+TORCH := $(VENV)/.torch
+DEMO := $(VENV)/.demo
+DEV := $(VENV)/.dev
 # As many processes as cores, a file's tests in one, so that few compile the same kernels;
 # threads that wait leave the cores to the others. Not `python -m`, which would put this folder
 # where others look for the package `kernels` (transformers does).
@@ -11,37 +23,40 @@ KERNEL_TESTS := $(addprefix tests/test_,losses.py loss_contract.py loss_properti
 	opinfo.py moduleinfo.py sizes.py fuzz.py fuzz_optimizers.py optimizers.py optimizer_contract.py \
 	optim_db.py optim_gradients.py traps.py triton.py)
 
-.PHONY: demo test clients archives fuzz gpu-check bench docs lint clean
+.PHONY: demo test clients versions archives fuzz gpu-check bench docs lint clean
 
-demo: $(STAMP)  ## train a language model with torch and with fastopt, side by side
+demo: $(DEMO)  ## train a language model with torch and with fastopt, side by side
 	$(BIN)/python bench/train.py $(ARGS)
 
-test: $(STAMP) lint  ## style, types, and every test, those of the kernels on Triton's interpreter too
+test: $(DEV) lint  ## style, types, and every test, those of the kernels on Triton's interpreter too
 	$(PYTEST) --ignore tests/clients $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) $(ARGS) $(KERNEL_TESTS)
 
-clients: $(STAMP)  ## tests and pages with the frameworks people train with, which it installs
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[clients]' || \
+clients: $(DEV)  ## tests and pages with the frameworks people train with, which it installs
+	$(INSTALL) --editable '.[clients]' || \
 		echo 'Not all could be installed: the tests of those that are missing are skipped.'
 	$(PYTEST) -W default -rs tests/clients tests/test_docs.py $(ARGS)
 
-archives: $(STAMP)  ## build wheel and sdist, test what they install on every Python found
+versions: $(DEV)  ## the kernels' tests with the oldest, the usual and the newest torch
+	$(BIN)/python .ci/versions.py $(ARGS)
+
+archives: $(DEV)  ## build wheel and sdist, test what they install on every Python found
 	$(BIN)/python .ci/release.py $(ARGS)
 
-fuzz: $(STAMP)  ## random calls by the thousand against torch's
+fuzz: $(DEV)  ## random calls by the thousand against torch's
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_fuzz.py tests/test_fuzz_optimizers.py $(ARGS)
 
 gpu-check:  ## on a machine with a GPU: its tests and its benchmark, into one file; installs nothing
 	$(PYTHON) bench/gpu_check.py $(ARGS)
 
-bench: $(STAMP)  ## every loss and optimizer against torch
+bench: $(DEV)  ## every loss and optimizer against torch
 	$(BIN)/python bench/run.py $(ARGS)
 
-docs: $(STAMP)  ## the pages that are written by the code itself
+docs: $(DEV)  ## the pages that are written by the code itself
 	$(BIN)/python docs/contract.py
 	$(BIN)/python docs/accuracy.py
 
-lint: $(STAMP)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 # mypy can't follow the mapping of an editable install, so it checks an installed copy
@@ -49,11 +64,19 @@ lint: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/installed .
 	cd build/installed && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fastopt
 
-$(STAMP): pyproject.toml constraints.txt
+$(TORCH): constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $(STAMP)
+	$(INSTALL) torch $(addprefix --index-url ,$(TORCH_INDEX))
+	touch $@
+
+$(DEMO): $(TORCH) pyproject.toml
+	$(INSTALL) --editable '.[demo]'
+	touch $@
+
+$(DEV): $(TORCH) pyproject.toml
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(INSTALL) '$(TRITON)'
+	$(INSTALL) --editable '.[dev]'
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo

@@ -99,7 +99,7 @@ def _convert_optimizer(optimizer: Any, twins: _Twins) -> None:
             f"cannot convert an object of {_name(kind)} whose step has been replaced by "
             f"{replaced!r}, which would go on to call the old one; convert it before that"
         )
-    vars(optimizer).pop("_plan", None)
+    vars(optimizer).pop("_planner", None)
     optimizer.__class__ = twins[kind]
     optimizer._patch_step_function()  # as at the beginning and after unpickling: hooks, profiling
     if counts:

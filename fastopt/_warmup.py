@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from .dispatch import use_backend
+from .errors import BackendUnavailable
 from .front.call import FUNCTIONS as OPERATIONS
 from .front.samples import usual
 from .nn._operations import FUNCTIONS
@@ -20,7 +21,7 @@ DTYPES = {
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 }
 # Elements few enough for one thread, and enough for several: two forms of each kernel.
-_SIZES = (1 << 12, 1 << 17)
+_SIZES = (1 << 12, 1 << 18)
 _OPTIMIZERS: dict[str, tuple[dict[str, float], ...]] = {
     "SGD": ({"lr": 0.1}, {"lr": 0.1, "momentum": 0.9}),
     "Adam": ({},),
@@ -63,8 +64,11 @@ def warm_up(dtypes: list[str]) -> None:
         for dtype in dtypes:
             for name, job in jobs(DTYPES[dtype]):
                 start = time.perf_counter()
-                job()
-                print(
-                    f"{name:{widest}s} {dtype:8s} {time.perf_counter() - start:6.2f} s", flush=True
-                )
+                try:
+                    job()
+                except BackendUnavailable as error:
+                    print(error)
+                    break
+                took = time.perf_counter() - start
+                print(f"{name:{widest}s} {dtype:8s} {took:6.2f} s", flush=True)
     print(f"{time.perf_counter() - begin:.1f} s in all")

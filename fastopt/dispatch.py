@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -195,14 +194,17 @@ def _jit_enabled() -> bool:
     return not config.DISABLE_JIT
 
 
-@functools.cache
 def _converts_float16() -> bool:
-    """Whether the CPU converts half precision by itself; LLVM would call a missing function."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    import llvmlite.binding
+    """Whether the CPU that numba compiles for converts half precision by itself."""
+    from .kernels.numba import target
 
-    return bool(llvmlite.binding.get_host_cpu_features().get("f16c", False))
+    return target.converts_float16()
+
+
+def _target_cpu() -> str:
+    from .kernels.numba import target
+
+    return target.cpu_name()
 
 
 _NUMBA = Backend(
@@ -217,8 +219,12 @@ _NUMBA = Backend(
             lambda r: "NUMBA_DISABLE_JIT is set (supported: unset)",
         ),
         Rule(
-            lambda r: torch.float16 not in r.dtypes or _converts_float16(),
-            lambda r: "float16 on a CPU without F16C instructions",
+            lambda r: (
+                not (torch.float16 in r.dtypes and r.device == "cpu")
+                or not (_found("numba") and _jit_enabled())
+                or _converts_float16()
+            ),
+            lambda r: f"float16 on a CPU without instructions that convert it ({_target_cpu()})",
         ),
         Rule(
             lambda r: r.numel >= r.crossover,

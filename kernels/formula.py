@@ -7,13 +7,11 @@ Numba, for Triton and for torch's tensors.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from collections.abc import Callable
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-__all__ = ["digest", "translate"]
+__all__ = ["translate"]
 
 #: The module that formulas take their names from, and the one it takes its own from.
 VOCABULARIES = ("fastopt.formula", "fastopt.kernels.reference.vocabulary")
@@ -31,8 +29,8 @@ def translate(
         function: a formula.
         vocabulary: the backend's module of the same names.
         compiled: what becomes of the other functions that it calls.
-        number: what becomes of its literals; a compiler may take them for a wider type than
-            that of the arguments.
+        number: what becomes of its numbers; a compiler may take them for a wider type than that
+            of the arguments.
     """
     code: CodeType = function.__code__
     if number is not None:
@@ -43,6 +41,8 @@ def translate(
         value = names.get(name)
         if isinstance(value, ModuleType) and value.__name__ in VOCABULARIES:
             names[name] = vocabulary
+        elif number is not None and type(value) in (int, float):
+            names[name] = number(value)
         elif isinstance(value, FunctionType):
             if value.__module__ in VOCABULARIES:
                 names[name] = getattr(vocabulary, value.__name__)
@@ -53,19 +53,3 @@ def translate(
     )
     result.__module__, result.__qualname__ = function.__module__, function.__qualname__
     return result
-
-
-def digest(function: Any) -> str:
-    """A short name of a formula's code and of all the code that it calls."""
-    found, todo, seen = hashlib.sha256(), [function], set()
-    while todo:
-        one = todo.pop()
-        if one in seen:
-            continue
-        seen.add(one)
-        code = one.__code__
-        found.update(repr((code.co_code, code.co_names, code.co_varnames)).encode())
-        found.update(repr([c for c in code.co_consts if not inspect.iscode(c)]).encode())
-        called = (one.__globals__.get(name) for name in code.co_names)
-        todo += [f for f in called if isinstance(f, FunctionType)]
-    return found.hexdigest()[:12]

@@ -13,8 +13,6 @@ from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import torch
 
-from .formula import digest
-
 __all__ = ["Elementwise", "Operation", "Options", "Softmax"]
 
 
@@ -24,7 +22,6 @@ class Operation:
 
     Attributes:
         numbers, flags: the names of the fields of type float, and of type bool.
-        key: names the formula's code, for caches of what is compiled from it.
         twin: torch's function.
         operands: the names of the tensors.
         arranged: whether `arrange` has something to do.
@@ -38,7 +35,7 @@ class Operation:
 
     numbers: ClassVar[tuple[str, ...]]
     flags: ClassVar[tuple[str, ...]]
-    key: ClassVar[str]
+    _fields: ClassVar[tuple[str, ...]]
     twin: ClassVar[Any]
     operands: ClassVar[tuple[str, ...]]
     arranged: ClassVar[bool] = False
@@ -55,8 +52,7 @@ class Operation:
         fields = dataclasses.fields(cls)  # type: ignore[arg-type]
         cls.numbers = tuple(f.name for f in fields if f.type in ("float", float))
         cls.flags = tuple(f.name for f in fields if f.type in ("bool", bool))
-        if cls._formula is not None:
-            cls.key = digest(getattr(cls, cls._formula))
+        cls._fields = (*cls.numbers, *cls.flags)
 
     @property
     def values(self) -> tuple[float, ...]:

@@ -10,6 +10,16 @@ import torch
 
 __all__ = ["Launch", "Tables", "Traced"]
 
+#: What a proof (fastopt.optim._proof) knows of a tensor, a line each: of what is written the place
+#: of its gradient, of a gradient whether it is there; bytes of an element, and of all; where it is
+#: (0 where a step has nothing to do with it); and the address of the entry in Tables.addresses.
+OWNER, ITEMSIZE, BYTES, KNOWN, CELL = range(5)
+#: What it answers: something is of another kind, or overlaps; all is as before; memory has moved;
+#: other gradients are there. But for the first, all addresses are in their entries then.
+DIFFERENT, SAME, MOVED, OTHERS = range(4)
+#: The address of a tensor without elements, which nothing reads.
+EMPTY = 16
+
 
 class Traced(NamedTuple):
     """A hyperparameter that lives on the tensors' GPU: to be looked up there at each step."""
@@ -27,10 +37,12 @@ class Tables(NamedTuple):
         hypers: float64, a row of hyperparameters for each kind of tensor.
         traced: the entries of hypers that only the device knows; NaN in this table.
         row_of: int64, each tensor's row.
-        offsets: int64, the running count of elements, one entry more than tensors.
+        offsets: int64, the running count of elements, one entry more than tensors. A parameter
+            without a gradient has none.
         addresses: int64, a line for each slot (parameter and states, unused ones too), one for
             the gradients and one for the step counters (0 where nothing counts), each with an
-            entry for every tensor.
+            entry for every tensor. It is 0 for a gradient that isn't there: then the update
+            leaves the parameter, its states and its counter alone, and they have no address.
         counted_on_device: whether the counters are the device's (which may be the CPU), so that
             a kernel has to count.
     """

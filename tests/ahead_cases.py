@@ -14,7 +14,11 @@ from ahead import MACHINES, Code, compiling
 
 from fastopt.kernels import hyper
 from fastopt.kernels import triton as backend
+from fastopt.kernels.operation import Options
 from fastopt.kernels.tables import Tables
+from fastopt.nn.cross_entropy import CrossEntropy
+from fastopt.nn.l1 import L1
+from fastopt.nn.mse import MSE
 
 FLOAT, BFLOAT, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float16, torch.float64
 META, CPU = torch.device("meta"), torch.device("cpu")
@@ -35,10 +39,10 @@ class Pointwise(NamedTuple):
     reduction: str = "mean"
 
     def run(self, dtype: torch.dtype) -> None:
-        tensors = (empty(self.count, dtype=dtype), empty(self.count, dtype=dtype))
-        options = hyper.Loss(self.record(), self.reduction, dtype)
-        loss, grads, kept = backend.forward(options, tensors, (True, True))
-        backend.backward(options, tensors, grads, kept, loss, (True, True))
+        tensors = (empty(self.count, dtype=dtype), empty(self.count, dtype=dtype), None)
+        options, needs = Options(self.record(), self.reduction, dtype), (True, True, False)
+        loss, grads, kept = backend.forward(options, tensors, needs)
+        backend.backward(options, tensors, grads, kept, loss, needs)
 
 
 class Rows(NamedTuple):
@@ -69,8 +73,8 @@ class Rows(NamedTuple):
             else empty(*order[:-1], dtype=torch.int64)
         )
         weight = empty(self.shape[1], dtype=dtype) if self.weight else None
-        record = hyper.CrossEntropy(self.ignore_index, self.smoothing)
-        options = hyper.Loss(record, self.reduction, dtype)
+        record = CrossEntropy(self.ignore_index, self.smoothing)
+        options = Options(record, self.reduction, dtype)
         tensors, needs = (input, target, weight), (self.training, False, False)
         loss, grads, kept = backend.forward(options, tensors, needs)
         if self.training:
@@ -168,19 +172,19 @@ STEPS = (*SGD, *ADAM, *RMSPROP)
 
 #: For every machine, in float32 and bfloat16.
 USUAL = (
-    Pointwise(hyper.MSE), Pointwise(hyper.L1, ODD), VOCABULARY, LONGEST, THOUSAND, WHOLE, SPLIT,
+    Pointwise(MSE), Pointwise(L1, ODD), VOCABULARY, LONGEST, THOUSAND, WHOLE, SPLIT,
     PIXELS, SGD[1], ADAM[0], RMSPROP[-1],
 )  # fmt: skip
 #: For sm_90, in every dtype.
 EVERY_DTYPE = (
-    *USUAL, Pointwise(hyper.MSE, ODD), Pointwise(hyper.L1), Pointwise(hyper.MSE, reduction="none"),
+    *USUAL, Pointwise(MSE, ODD), Pointwise(L1), Pointwise(MSE, reduction="none"),
     VOCABULARY._replace(reduction="none"), CHANNELS_LAST, SHORT, *STEPS,
 )  # fmt: skip
 #: For sm_90, in one dtype.
 VARIANTS: dict[torch.dtype, tuple[Pointwise | Rows | Step, ...]] = {
     FLOAT: (
-        Pointwise(hyper.MSE, ODD, "sum"),
-        Pointwise(hyper.L1, ODD, "none"),
+        Pointwise(MSE, ODD, "sum"),
+        Pointwise(L1, ODD, "none"),
         *(rows._replace(smoothing=0.1) for rows in (VOCABULARY, WHOLE, SPLIT, PIXELS)),
         *(rows._replace(weight=True) for rows in (VOCABULARY, THOUSAND)),
         *(rows._replace(weight=True, smoothing=0.1) for rows in (VOCABULARY, SPLIT, PIXELS)),

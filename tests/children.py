@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HANG = 240  # seconds; turns a deadlock into a failure, and measures nothing
 
 # A vector longer than three grains of every loop, so that three threads or more take part.
-LENGTH = 140_003
+LENGTH = 210_003
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"momentum": 0.9, "nesterov": True},
     "Adam": {"amsgrad": True},
@@ -98,15 +98,16 @@ def results(
             loss = getattr(functional, name)(input, tensor(LENGTH))
             loss.backward()
             found += [loss, input.grad]
-        # Classes side by side, few of them, and on an axis in the middle of few or many positions.
-        for shape in ((1400, 101), (14_003, 10), (70, 21, 101), (1, 5, 70_001)):
+        # Classes side by side, few of them, on an axis in the middle of few or many positions, and
+        # rows so long and few that threads share them.
+        for shape in ((1400, 101), (14_003, 10), (70, 21, 101), (1, 5, 70_001), (2, 70_001)):
             input = tensor(*shape).requires_grad_()
             labels = rng.integers(0, shape[1], (shape[0], *shape[2:]))
             loss = functional.cross_entropy(input, torch.from_numpy(labels), label_smoothing=0.1)
             loss.backward()
             found += [loss, input.grad]
         for name, options in OPTIMIZERS.items():
-            params = [tensor(length).requires_grad_() for length in (20_000, 20_001, 7, 30_000)]
+            params = [tensor(length).requires_grad_() for length in (60_000, 60_001, 7, 90_000)]
             optimizer = getattr(optim, name)(params, lr=0.01, **options)
             for _ in range(2):
                 for param in params:

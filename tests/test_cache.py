@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import pickle
 import shutil
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -266,3 +269,353 @@ def test_cache_of_another_user_is_not_run(tmp_path: Path) -> None:
     assert float(printed) == 9.0
     assert not cached(folder)
     assert cached(elsewhere)
+
+
+# -- what can't be loaded or saved ------------------------------------------------------
+
+
+def entries(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.nbc"))
+
+
+@pytest.fixture
+def place(warm: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A package whose cache has the mean squared error, and where that cache is."""
+    folder = tmp_path / "site"
+    shutil.copytree(warm, folder)
+    return folder, entries(folder)[0].parent
+
+
+def damage(file: Path, how: str) -> None:
+    content = file.read_bytes()
+    if how == "a folder":
+        file.unlink()
+        file.mkdir()
+        return
+    if how == "another one's mark":
+        content = content[:5] + b"?" + content[6:]
+    if how == "a pickle that fails":  # with everything before it right
+        text = b"cnowhere_to_be_found\nthing\n."
+        content = content[:32] + hashlib.sha256(text).digest() + text
+    if how == "a pickle of something else":
+        text = pickle.dumps((1, 2))
+        content = content[:32] + hashlib.sha256(text).digest() + text
+    lengths = {"empty": 0, "mark only": 32, "header only": 64, "half": len(content) // 2}
+    content = content[: lengths.get(how, len(content))]
+    if how == "one bit":
+        content = content[:-100] + bytes([content[-100] ^ 1]) + content[-99:]
+    if how == "garbage":
+        content = b"x" * len(content)
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "empty", "mark only", "header only", "half", "one bit", "garbage", "another one's mark",
+        "a pickle that fails", "a pickle of something else",
+    ],
+)  # fmt: skip
+def test_damaged_entry_is_compiled_anew(place: tuple[Path, Path], how: str) -> None:
+    folder, _ = place
+    before = {file: file.read_bytes() for file in entries(folder)}
+    for file in before:
+        damage(file, how)
+    damaged = {file: file.read_bytes() for file in before}
+    assert float(run(mean_squared_error, package=folder)) == 9.0
+    replaced = [file for file in before if file.read_bytes() != damaged[file]]
+    assert replaced, "what was compiled is kept in place of it"
+    stamps = cached(folder)
+    assert float(run(mean_squared_error, package=folder)) == 9.0
+    assert cached(folder) == stamps, "and then found"
+
+
+def one_warning(folder: str, trouble: str) -> None:
+    """Compile where nothing can be saved: right results, and one warning in all."""
+    place = Path(folder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        import fastopt.kernels.numba
+
+        if trouble == "full":
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # no file may have one byte
+        elif trouble == "vanished":
+            shutil.rmtree(place)
+            place.write_text("no folder")
+        elif trouble == "read only":
+            place.chmod(0o555)
+            drop_privileges()
+        elif trouble == "written by others":
+            place.chmod(0o777)
+        elif trouble == "gone and made anew":
+            shutil.rmtree(place)
+        mean_squared_error()
+        with fastopt.use_backend("numba"):
+            fastopt.nn.L1Loss()(torch.ones(3), torch.zeros(3))
+    found = [w for w in caught if "could not keep compiled code" in str(w.message)]
+    assert len(found) == (trouble != "gone and made anew")
+    if trouble == "gone and made anew":
+        assert entries(place)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits and permissions as Linux has them")
+@pytest.mark.parametrize(
+    "trouble", ["full", "vanished", "read only", "written by others", "gone and made anew"]
+)
+def test_what_can_not_be_saved_is_a_warning(tmp_path: Path, trouble: str) -> None:
+    folder = copy_package(tmp_path)
+    place = folder / "fastopt" / "kernels" / "numba" / "__pycache__"
+    try:
+        printed = run(one_warning, str(place), trouble, package=folder)
+    finally:
+        if place.is_dir():
+            place.chmod(0o700)
+    assert float(printed) == 9.0
+    if trouble != "gone and made anew":
+        assert not cached(folder)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a folder in place of a file")
+def test_entry_that_can_neither_be_read_nor_replaced(place: tuple[Path, Path]) -> None:
+    folder, _ = place
+    for file in entries(folder):
+        damage(file, "a folder")
+    code = """
+import warnings, test_cache
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    test_cache.mean_squared_error()
+assert sum("could not keep" in str(w.message) for w in caught) == 1
+"""
+    assert float(run_code(code, folder)) == 9.0
+    assert not list(folder.rglob("*.tmp.*")), "drafts are removed"
+
+
+# -- nobody else's code is run ----------------------------------------------------------
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permission bits")
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o757])
+def test_folder_that_others_may_write_to_is_passed_over(tmp_path: Path, mode: int) -> None:
+    folder = copy_package(tmp_path / "site")
+    place = folder / "fastopt" / "kernels" / "numba" / "__pycache__"
+    place.mkdir()
+    link = tmp_path / "link"
+    for number, named in enumerate((place, link)):
+        place.chmod(0o700)
+        if named == link:  # to a folder like that
+            place.rename(tmp_path / "target")
+            place.symlink_to(tmp_path / "target")
+        place.chmod(mode)
+        elsewhere = tmp_path / f"cache{number}"
+        printed = run(mean_squared_error, package=folder, XDG_CACHE_HOME=str(elsewhere))
+        assert float(printed) == 9.0
+        assert not cached(folder)
+        assert not cached(tmp_path / "target")
+        assert cached(elsewhere)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permission bits")
+@pytest.mark.parametrize("whose", ["others may write", "another's"])
+def test_file_that_others_may_have_written_is_not_run(place: tuple[Path, Path], whose: str) -> None:
+    folder, _ = place
+    if whose == "another's" and os.geteuid() != 0:
+        pytest.skip("takes root")
+    stamps = cached(folder)
+    for file in entries(folder):
+        if whose == "another's":
+            os.chown(file, 65534, 65534)
+        else:
+            file.chmod(0o666)
+    assert float(run(mean_squared_error, package=folder)) == 9.0
+    assert cached(folder) != stamps, "compiled, and a file of one's own put in its place"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permission bits")
+def test_only_the_owner_may_write(tmp_path: Path) -> None:
+    folder, place = copy_package(tmp_path / "site"), tmp_path / "cache"
+    code = "import os; os.umask(0); import test_cache; test_cache.mean_squared_error()"
+    run_code(code, folder, NUMBA_CACHE_DIR=str(place))
+    files = entries(place)
+    assert files
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+    assert {file.parent.stat().st_mode & 0o777 for file in files} == {0o700}
+
+
+# -- formulas of one's own --------------------------------------------------------------
+
+OWN = {
+    "own_loss.py": """
+import own_numbers
+from fastopt.kernels.operation import Elementwise
+from own_helper import helped, made
+
+SHIFT = 1.0
+
+class Own(Elementwise):
+    scale: float = 1.0
+    slopes = 2
+
+    def value_and_slopes(h, input, target):
+        d = input - target
+        return h.scale * (d + SHIFT + own_numbers.NUMBER + helped(d) + made(d)), d, -d
+""",
+    "own_numbers.py": "NUMBER = 10.0\n",
+    "own_helper.py": """
+from fastopt import formula as m
+
+def make(number):
+    def inner(d):
+        return m.where(d == d, number, d)
+    return inner
+
+made = make(100.0)
+
+def helped(d):
+    return m.maximum(0.0 * d, 1000.0)
+""",
+}
+EDITS = {
+    "constant": ("own_loss.py", "SHIFT = 1.0", "SHIFT = 2.0", 1.0),
+    "formula": ("own_loss.py", "d = input - target", "d = input + target", 2.0),
+    "module's number": ("own_numbers.py", "10.0", "20.0", 10.0),
+    "closure": ("own_helper.py", "100.0", "200.0", 100.0),
+    "helper": ("own_helper.py", "1000.0", "2000.0", 1000.0),
+    "comment": ("own_loss.py", "SHIFT = 1.0", "SHIFT = 1.0  # as before", 0.0),
+    "other formula": (
+        "own_loss.py",
+        "SHIFT = 1.0",
+        "SHIFT = 1.0\nclass Other(Elementwise):\n    a: float = 1.0\n"
+        "    def value_and_slopes(h, x, y):\n        return x, y",
+        0.0,
+    ),
+}
+
+
+def own_loss() -> None:
+    """What the formula of another file makes of 3 and 1: the sum of one element, and MSE."""
+    from own_loss import Own  # type: ignore[import-not-found]
+
+    from fastopt.kernels.numba import flat
+    from fastopt.kernels.operation import Options
+
+    options = Options(Own(1.0), "sum", torch.float32)
+    loss, _, _ = flat.forward(options, (torch.full((1,), 3.0), torch.ones(1)), (True, True))
+    print(loss.item())
+
+
+@pytest.fixture(scope="module")
+def own(warm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own") / "site"
+    shutil.copytree(warm, folder)
+    for name, text in OWN.items():
+        (folder / name).write_text(text)
+    assert float(run(own_loss, package=folder)) == 2 + 1 + 10 + 100 + 1000
+    return folder
+
+
+@pytest.mark.parametrize("what", EDITS)
+def test_edited_formula_of_another_file(own: Path, tmp_path: Path, what: str) -> None:
+    """Whatever it is that the formula's code is made from; and nothing else makes it new."""
+    folder = tmp_path / "site"
+    shutil.copytree(own, folder)
+    # The cache's folder has a key of where the package is only where it is shared.
+    stamps = cached(folder)
+    assert float(run(own_loss, package=folder)) == 1113
+    assert cached(folder) == stamps
+    file, old, new, difference = EDITS[what]
+    source = folder / file
+    text = source.read_text()
+    assert old in text
+    source.write_text(text.replace(old, new))
+    assert float(run(own_loss, package=folder)) == 1113 + difference
+    assert (cached(folder) == stamps) == (difference == 0)
+    assert float(run(mean_squared_error, package=folder)) == 9.0
+    assert cached(folder).keys() == stamps.keys(), "an outdated entry is overwritten"
+
+
+def test_formula_of_the_main_program(tmp_path: Path) -> None:
+    """A script or a notebook: its record's class is another one in each process."""
+    folder = copy_package(tmp_path / "site")
+    for factor in (2.0, 2.0, 3.0):
+        program = f"""
+import torch
+from fastopt.kernels.numba import flat
+from fastopt.kernels.operation import Elementwise, Options
+
+class Own(Elementwise):
+    slopes = 2
+
+    def value_and_slopes(h, input, target):
+        value = (input - target) * {factor}
+        return value, value, value
+
+options = Options(Own(), "sum", torch.float32)
+loss, _, _ = flat.forward(options, (torch.full((1,), 3.0), torch.ones(1)), (True, True))
+print(loss.item())
+"""
+        assert float(run_code(program, folder)) == 2 * factor
+
+
+def test_two_formulas_of_one_name(tmp_path: Path) -> None:
+    """A cell of a notebook that is run again, with another formula in it."""
+    folder = copy_package(tmp_path / "site")
+    program = """
+import torch
+from fastopt.kernels.numba import flat
+from fastopt.kernels.operation import Elementwise, Options
+
+def define(factor):
+    class Own(Elementwise):
+        def value_and_slopes(h, input, target):
+            return factor * input, input
+    return Own
+
+found = []
+for kind in (define(2.0), define(3.0)):
+    options = Options(kind(), "sum", torch.float32)
+    found.append(flat.forward(options, (torch.ones(1), torch.ones(1)), (True, False))[0].item())
+print(found[0] + 10 * found[1])
+"""
+    assert float(run_code(program, folder)) == 32
+
+
+def test_packages_in_archives(tmp_path: Path) -> None:
+    """There are no files to look at, and the cache knows one archive from an edited one."""
+    cache = tmp_path / "cache"
+    for name, expected in (("first", 9.0), ("edited", 6.0), ("first again", 9.0)):
+        folder = copy_package(tmp_path / name)
+        if name == "edited":
+            formulas(folder).write_text(formulas(folder).read_text().replace(*EDIT))
+        archive = tmp_path / "all.zip"
+        archive.unlink(missing_ok=True)
+        shutil.make_archive(str(archive.with_suffix("")), "zip", folder)
+        shutil.rmtree(folder)
+        code = "import test_cache; test_cache.mean_squared_error()"
+        assert float(run_code(code, archive, NUMBA_CACHE_DIR=str(cache))) == expected
+        assert cached(cache)
+
+
+# -- the log ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_messages_of_the_compiler(tmp_path: Path, wanted: bool) -> None:
+    """They stay out of a program's log, unless numba's logger itself has been given a level."""
+    code = f"""
+import logging, sys
+logging.basicConfig(level=logging.DEBUG, stream=sys.stdout, format="%(name)s")
+if {wanted}:
+    logging.getLogger("numba").setLevel(logging.DEBUG)
+before = logging.getLogger("numba").level
+import test_cache
+test_cache.mean_squared_error()
+assert logging.getLogger("numba").level == before
+logging.getLogger("numba.of_the_user").debug("")
+"""
+    folder = copy_package(tmp_path / "site")
+    printed = run_code(code, folder, NUMBA_CACHE_DIR=str(tmp_path / "cache")).splitlines()
+    assert printed[-1] == "numba.of_the_user", "who logs by a logger below numba's is not muted"
+    assert (len([line for line in printed if line.startswith("numba")]) > 100) == wanted

@@ -43,10 +43,10 @@ from ahead_cases import (
     of,
 )
 
-from fastopt.kernels import hyper
 from fastopt.kernels.layout import ClassAxis
 from fastopt.kernels.triton.compiler import OPTIONS
 from fastopt.kernels.triton.cross_entropy import tiling
+from fastopt.nn.mse import MSE
 
 # -- registers, arithmetic, determinism -----------------------------------------------------
 
@@ -121,15 +121,15 @@ def test_pointwise_accesses(case: Case) -> None:
     assert isinstance(operation, Pointwise)
     none, recomputes = operation.reduction == "none", dtype == HALF
     expected = [(2, 1 if none else 0 if recomputes else 2), (3 if none else 2, 2)]
-    codes = [code for code in compiled(case) if code.name == "pointwise_blocks"]
+    codes = [code for code in compiled(case) if code.name == "flat_blocks"]
     assert len(codes) == 2, "forward and backward"
     for code, streams in zip(codes, expected, strict=True):
         share = code.constants["BLOCK"] // code.threads * dtype.itemsize
         for kind, count in zip(("load", "store"), streams, strict=True):
-            inside = widths(code, kind, " + place", "scale, place, None,")
+            inside = widths(code, kind, " + place", "place, None,")
             assert [sum(group) for group in inside.values()] == [share] * count
             assert all_of_16_bytes(inside)
-            last = widths(code, kind, " + place", "scale, place, mask,")
+            last = widths(code, kind, " + place", "place, mask,")
             assert [sum(group) for group in last.values()] == [share] * count
             assert all_of_16_bytes(last) == (not count or operation.count % 16 == 0)
 
@@ -265,8 +265,8 @@ def test_any_number_of_rows() -> None:
 def test_number_of_elements_is_no_constant() -> None:
     """1, multiples of 16, others; `finish` sees that of blocks, too, and the divisor."""
     counts = [1, 2, 100, 2048, 2049, 4096, 32_768, 100_001, 1 << 20, ODD]
-    found = rows(Pointwise(hyper.MSE, count) for count in counts)
-    assert found["pointwise_blocks"] == 3 * 2, "forward and backward"
+    found = rows(Pointwise(MSE, count) for count in counts)
+    assert found["flat_blocks"] == 3 * 2, "forward and backward"
     assert found["finish"] <= 3 * 3
 
 

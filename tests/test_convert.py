@@ -74,7 +74,7 @@ def test_there_and_back_in_mid_training(name: str) -> None:
     train(model, optimizer, data, *schedule)
     train(other, torchs, data, *their_schedule)
     assert {d.backend for d in fastopt.explain(optimizer)} == {"numba"}
-    assert optimizer._plan.reference == []
+    assert optimizer._planner.plan.reference == []
     assert [kind.__module__.partition(".")[0] for kind in calls] == [
         *["torch"] * 3, *["fastopt"] * 3, *["torch"] * 3, *["fastopt"] * 3,
     ]  # fmt: skip

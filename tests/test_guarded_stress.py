@@ -137,17 +137,19 @@ def test_memory_comes_and_goes(at_end: bool, seed: int, tmp_path: Path) -> None:
 # -- gradients' memory, handed out and taken back -------------------------------------------
 
 
-class PoolNumpy:
-    """NumPy, for the module that reuses the gradients' memory: its memory is guarded, too."""
+class PoolTorch:
+    """torch, for the module that reuses the gradients' memory: its memory is guarded, too."""
 
     def __init__(self, guards: Guards) -> None:
         self._guards = guards
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(np, name)
+        return getattr(torch, name)
 
-    def empty(self, size: int, dtype: Any) -> np.ndarray:
-        return self._guards.bytes(size)
+    def empty(self, shape: Any, dtype: torch.dtype, device: str) -> Tensor:
+        if shape == 0:  # what gets its memory from another tensor
+            return torch.empty(shape, dtype=dtype, device=device)
+        return self._guards.empty(shape, dtype)
 
 
 def gradients_from_several_threads(file: str, seed: int) -> None:
@@ -155,7 +157,7 @@ def gradients_from_several_threads(file: str, seed: int) -> None:
     from fastopt.kernels.numba import memory
 
     guards, progress = Guards(True), Progress(file)
-    memory.np = PoolNumpy(guards)
+    memory.torch = PoolTorch(guards)
     memory.POOLED_BYTES = 1 << 12
     exchange: queue.SimpleQueue[tuple[Tensor, Tensor]] = queue.SimpleQueue()
     operations = sorted({case.operation for case in LOSSES})

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import threading
-import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from children import run
 from torch import Tensor
 
 import fastopt
@@ -97,45 +99,192 @@ def test_gradients_of_one_step_are_apart() -> None:
     torch.testing.assert_close([input.grad, target.grad], expected)
 
 
-def traced() -> int:
+# -- how much is kept -------------------------------------------------------------------
+
+linux = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux")
+ROWS = 10_000
+LARGE = ROWS * 1000 * 4  # bytes; malloc gives so much back at once
+
+
+def resident() -> int:
     gc.collect()
-    return tracemalloc.get_traced_memory()[0]
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
+def large_gradient(functional: Any = ours, rows: int = ROWS) -> Tensor:
+    """Of rows that are one in memory, so that the gradient is all there is."""
+    input = torch.zeros(1, 1000).expand(rows, 1000).requires_grad_()
+    functional.cross_entropy(input, torch.zeros(rows, dtype=torch.int64)).backward()
+    assert input.grad is not None
+    return input.grad
+
+
+@linux
 def test_empty_cache_gives_memory_back() -> None:
-    gradient("mse_loss")  # whatever the first call allocates besides
+    large_gradient()  # whatever the first call allocates besides
     fastopt.empty_cache()
-    tracemalloc.start()
-    try:
-        before = traced()
-        kept = gradient("mse_loss")
-        gradient("mse_loss")
-        assert traced() - before > 1.9 * BYTES
-        fastopt.empty_cache()
-        assert 0.9 * BYTES < traced() - before < 1.1 * BYTES, "the kept gradient stays"
-        expected = kept.clone()
-        gradient("mse_loss")
-        assert torch.equal(kept, expected)
-        del kept
-        fastopt.empty_cache()
-        assert traced() - before < 0.1 * BYTES
-    finally:
-        tracemalloc.stop()
+    before = resident()
+    kept = large_gradient()
+    large_gradient()
+    assert resident() - before > 1.9 * LARGE
+    fastopt.empty_cache()
+    assert 0.9 * LARGE < resident() - before < 1.1 * LARGE, "the kept gradient stays"
+    expected = kept.clone()
+    large_gradient()
+    assert torch.equal(kept, expected)
+    del kept, expected
+    fastopt.empty_cache()
+    assert resident() - before < 0.1 * LARGE
 
 
-def test_few_buffers_are_kept() -> None:
+@linux
+@pytest.mark.parametrize("bound", ["buffers", "bytes"])
+def test_few_buffers_are_kept(bound: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits for reuse is bounded, however many gradients there were at a time."""
-    gradient("mse_loss")
+    from fastopt.kernels.numba import memory
+
+    if bound == "bytes":
+        monkeypatch.setattr(memory, "kept_bytes", lambda: 2 * LARGE)
+    large_gradient()
     fastopt.empty_cache()
-    tracemalloc.start()
+    before = resident()
+    many = [large_gradient() for _ in range(8)]
+    assert resident() - before > 7 * LARGE
+    first = {g.data_ptr() for g in many}
+    del many
+    left = (resident() - before) / LARGE
+    assert left < (2.2 if bound == "bytes" else 4.2)
+    assert large_gradient().data_ptr() in first, "some do wait"
+
+
+@linux
+def test_nothing_above_the_bound_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastopt.kernels.numba import memory
+
+    monkeypatch.setattr(memory, "kept_bytes", lambda: LARGE // 2)
+    large_gradient()
+    before = resident()
+    large_gradient()
+    assert resident() - before < 0.1 * LARGE
+
+
+def out_of_memory() -> None:
+    """First torch's error where there is none at all; then what waits for reuse makes room."""
+    import resource
+
+    def limit(more: int) -> None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+        resource.setrlimit(resource.RLIMIT_AS, (used + more, resource.RLIM_INFINITY))
+
+    torch.set_num_threads(1)
+    large_gradient(rows=1000)
+    fastopt.empty_cache()
+    limit(LARGE)
+    for functional in (torch.nn.functional, ours):
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            large_gradient(functional, 3 * ROWS)
+    limit(20 * LARGE)
+    kept = [large_gradient() for _ in range(4)]
+    del kept
+    limit(LARGE)
+    found = large_gradient(rows=3 * ROWS)  # it fits, as four times as much is let go
+    right = torch.full((1000,), 1 / 1000)
+    right[0] -= 1
+    torch.testing.assert_close(found[-1], right / (3 * ROWS))
+    del found
+    fastopt.empty_cache()
+    input = torch.zeros(2 * ROWS, 1000)
+    limit(LARGE)
+    for functional in (torch.nn.functional, ours):
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            functional.mse_loss(input, input, reduction="none")
+
+
+@linux
+def test_out_of_memory() -> None:
+    run(out_of_memory)
+
+
+# -- torch's own memory -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act", ["release", "grow", "out", "release and grow", "share"])
+def test_gradients_can_be_resized_and_released(operation: str, act: str) -> None:
+    """And what has been done to one is not seen in any later one."""
+    held = []
+    for _ in range(3):
+        found = gradient(operation)
+        before = found.clone()
+        if act.startswith("release"):
+            found.untyped_storage().resize_(0)
+            if act != "release":
+                found.untyped_storage().resize_(BYTES)
+                found.copy_(before)
+                held.append((found, before))
+        elif act == "grow":
+            found.resize_(2 * SHAPE[0], SHAPE[1])
+            found[SHAPE[0] :] = 7
+            assert torch.equal(found[: SHAPE[0]], before)
+            held.append((found, found.clone()))
+        elif act == "out":
+            torch.cat((before, before), out=found.resize_(0))
+            held.append((found, torch.cat((before, before))))
+        else:
+            found.share_memory_()
+            held.append((found, before))
+    for _ in range(5):
+        other = gradient(operation)
+        assert other.untyped_storage().nbytes() >= BYTES
+        other.fill_(float("nan"))
+    for found, before in held:
+        assert torch.equal(found, before)
+
+
+def test_shared_memory_is_not_used_again() -> None:
+    """Another process may see it after the last tensor here has gone."""
+    found = gradient("mse_loss")
+    storage = found.untyped_storage().share_memory_()
+    assert found.is_shared()
+    twin = torch.UntypedStorage._new_shared_filename_cpu(*storage._share_filename_cpu_())
+    there = torch.empty(0).set_(twin)  # type: ignore[call-overload]
+    before = there.clone()
+    del found, storage
+    for _ in range(5):
+        gradient("mse_loss").fill_(float("nan"))
+    assert torch.equal(there, before)
+
+
+@pytest.mark.parametrize("save", ["tensor", "view", "hook"])
+def test_what_autograd_holds_stays(save: str) -> None:
+    """A graph holds memory without any Python object."""
+    found = gradient("mse_loss")
+    weight = torch.randn(SHAPE, requires_grad=True)
+    right = found.clone()
+    if save == "hook":
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t):
+            product = weight * found
+    else:
+        product = weight * (found if save == "tensor" else found.view(-1).view(SHAPE))
+    del found
+    for _ in range(5):
+        gradient("mse_loss").fill_(float("nan"))
+    assert torch.equal(torch.autograd.grad(product.sum(), weight)[0], right)
+
+
+def test_without_a_count_of_holders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a torch that does not say who holds a storage, no memory is used twice."""
+    from fastopt.kernels.numba import memory
+
+    memory._holders_are_counted.cache_clear()
+    monkeypatch.delattr(torch._C, "_storage_Use_Count")
     try:
-        before = traced()
-        many = [gradient("mse_loss") for _ in range(12)]
-        assert traced() - before > 11 * BYTES
-        del many
-        assert traced() - before < 5 * BYTES
+        found = [gradient("mse_loss") for _ in range(3)]
+        before = [g.clone() for g in found]
+        gradient("mse_loss")
+        assert all(map(torch.equal, found, before))
+        assert not memory._buffers
     finally:
-        tracemalloc.stop()
+        memory._holders_are_counted.cache_clear()
 
 
 def test_a_small_gradient_takes_no_large_buffer() -> None:

@@ -7,6 +7,7 @@ as fastopt has its class. The last part holds properties of single losses.
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastopt
 import fastopt.nn.functional as ours
+from fastopt.front.call import FUNCTIONS
 
 MODULES = {
     info.module_cls.__name__: info
@@ -31,6 +33,12 @@ MODULES = {
     if info.module_cls.__name__ in fastopt.nn._operations.MODULES
 }
 EACH_MODULE = pytest.mark.parametrize("name", MODULES)
+#: More samples than this are thinned, evenly, to about as many.
+ENOUGH = 10 if INTERPRETED else 40
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using a target size"),
+    pytest.mark.filterwarnings("ignore:reduction. .mean. divides"),
+]
 Tensors = tuple[Tensor, ...]
 
 
@@ -48,17 +56,17 @@ def one_thread() -> Iterator[None]:
 
 
 def module_inputs(name: str, dtype: torch.dtype) -> list[ModuleInput]:
-    """Every third in the interpreter, beginning anywhere, where there are many."""
+    """Torch's, thinned where there are many; those that warn of deprecated options are torch's."""
     info = MODULES[name]
     found = info.module_inputs_func(info, DEVICE, dtype, requires_grad=True, training=True)
     found = [sample for sample in found if not cancels(sample)]
-    return found[int(torch.randint(3, ())) :: 3] if INTERPRETED and len(found) > 10 else found
+    return found[:: max(1, len(found) // ENOUGH)]
 
 
 def cancels(sample: ModuleInput) -> bool:
     """Whether class weights happen to add up to 0, of which each rounding differs."""
     weight, target = sample.constructor_input.kwargs.get("weight"), sample.forward_input.args[1]
-    if weight is None or target.is_floating_point():
+    if weight is None or target.is_floating_point() or weight.dim() != 1:
         return False
     return bool(weight[target].double().sum() == 0)
 
@@ -69,16 +77,34 @@ def made(namespace: Any, name: str, sample: ModuleInput) -> Any:
 
 
 def leaves(name: str, sample: ModuleInput) -> Tensors:
-    """Input and target; probabilities without a gradient, as the compiled backends want them."""
-    input, target = (t.detach() for t in sample.forward_input.args)
-    floating = name != "CrossEntropyLoss" and sample.forward_input.args[1].requires_grad
-    return input.requires_grad_(), target.requires_grad_(floating)
+    """The tensors of a call, those with a gradient that have one and that the kernels give one.
+
+    (Class probabilities are without one, as the compiled backends want them.)
+    """
+    first, *rest = sample.forward_input.args
+    constants = fixed(name)
+    return (
+        first.detach().requires_grad_(),
+        *(
+            t.detach().requires_grad_(t.requires_grad and k not in constants)
+            for k, t in enumerate(rest, 1)
+        ),
+    )
 
 
-def served(name: str, input: Tensor, target: Tensor) -> bool:
+def fixed(name: str) -> set[int]:
+    """The places of a call's tensors that have no gradient."""
+    if name == "CrossEntropyLoss":
+        return {1}
+    record: Any = FUNCTIONS[getattr(fastopt.nn, name)._function.__name__]
+    constants = getattr(record, "constants", ())
+    return {k for k, operand in enumerate(record.operands) if operand in constants}
+
+
+def served(name: str, *tensors: Tensor) -> bool:
     """By a compiled backend; the samples are contiguous."""
-    soft = name == "CrossEntropyLoss" and target.is_floating_point()
-    return not soft or input.stride(1) == target.stride(1) == 1
+    soft = name == "CrossEntropyLoss" and tensors[1].is_floating_point()
+    return not soft or tensors[0].stride(1) == tensors[1].stride(1) == 1
 
 
 def outcome(module: Callable[..., Tensor], tensors: Tensors, upstream: Tensor | None) -> Tensors:
@@ -212,13 +238,13 @@ def test_error_samples(name: str) -> None:
     make = info.module_error_inputs_func
     for bad in make(info, DEVICE, torch.float32, True, True) if make else ():
         sample = bad.module_error_input
-        assert bad.error_on is ModuleErrorEnum.FORWARD_ERROR
         for backend in (BACKEND, "reference"):
             said = []
             for namespace in (torch.nn, fastopt.nn):
-                module = made(namespace, name, sample)
                 raised = pytest.raises(bad.error_type, match=bad.error_regex)
                 with fastopt.use_backend(backend), raised as caught:
+                    module = made(namespace, name, sample)
+                    assert bad.error_on is ModuleErrorEnum.FORWARD_ERROR
                     module(*sample.forward_input.args)
                 said.append((type(caught.value), str(caught.value)))
             assert said[0] == said[1]
@@ -257,7 +283,9 @@ def test_strange_options(name: str, options: dict[str, Any]) -> None:
 @EACH_MODULE
 def test_strange_calls(name: str) -> None:
     """Errors, or where torch computes something, that."""
-    input, target = (t.detach() for t in leaves(name, module_inputs(name, torch.float32)[0]))
+    input, target, *more = (t.detach() for t in leaves(name, module_inputs(name, torch.float32)[0]))
+    if more:
+        pytest.skip("a call of two tensors is what is made strange here")
     for arguments, named in (
         ((), {}), ((input,), {}), ((input, target, None), {}), ((input, None), {}),
         ((None, target), {}), ((input.tolist(), target), {}), ((input,), {"targets": target}),
@@ -315,8 +343,19 @@ def changed(module: Any, *tensors: Tensor) -> Tensor:
     return result
 
 
+def torchs_class(module: Any) -> Any:
+    return next(c for c in type(module).__mro__ if c.__module__.startswith("torch.nn."))
+
+
+def named(module: Any, *tensors: Tensor) -> Tensor:
+    """By the names of torch's own forward, the last one first."""
+    names = list(inspect.signature(torchs_class(module).forward).parameters)[1:]
+    result: Tensor = module(**dict(reversed(list(zip(names, tensors, strict=True)))))
+    return result
+
+
 AROUND: dict[str, Callable[..., Tensor]] = {
-    "named-arguments": lambda m, x, y: m(target=y, input=x),
+    "named-arguments": named,
     "deepcopy": lambda m, *t: copy.deepcopy(m)(*t),
     "pickle": lambda m, *t: pickle.loads(pickle.dumps(m))(*t),
     "functional-call": lambda m, *t: torch.func.functional_call(m, dict(m.named_buffers()), t),
@@ -345,10 +384,19 @@ def test_way_to_use_a_module(name: str, way: str) -> None:
     few = 2 if way in TORCHS_OWN else 12
     for sample in samples[:: max(len(samples) // few, 1)]:
         tensors = leaves(name, sample)
-        expected = outcome(partial(AROUND[way], made(torch.nn, name, sample)), tensors, None)
-        with nullcontext() if way in TORCHS_OWN else fastopt.use_backend(BACKEND):
-            found = outcome(partial(AROUND[way], made(fastopt.nn, name, sample)), tensors, None)
-        torch.testing.assert_close(found, expected, equal_nan=True)
+
+        def attempt(
+            namespace: Any, sample: ModuleInput = sample, tensors: Tensors = tensors
+        ) -> Any:
+            module, own = made(namespace, name, sample), namespace is torch.nn or way in TORCHS_OWN
+            with nullcontext() if own else fastopt.use_backend(BACKEND):
+                return result_of(lambda: outcome(partial(AROUND[way], module), tensors, None))
+
+        expected, found = attempt(torch.nn), attempt(fastopt.nn)
+        if isinstance(expected[0], str):  # torch's own can't be used so
+            assert isinstance(found[0], str)
+        else:
+            torch.testing.assert_close(found, expected, equal_nan=True)
 
 
 class Model(torch.nn.Module):
@@ -357,13 +405,15 @@ class Model(torch.nn.Module):
         self.criterion = criterion
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        result: Tensor = self.criterion(input * 2, target)
+        result: Tensor = self.criterion(input * 1, target)
         return result
 
 
 @EACH_MODULE
 def test_symbolic_trace_keeps_fastopt(name: str) -> None:
     """Only modules of torch.nn are leaves to torch.fx; of ours it sees the function called."""
+    if len(module_inputs(name, torch.float32)[0].forward_input.args) != 2:
+        pytest.skip("the model here has a criterion of two tensors")
     module = getattr(fastopt.nn, name)()
     traced = torch.fx.symbolic_trace(Model(module))
     calls = [node.target for node in traced.graph.nodes if node.op == "call_function"]
@@ -371,7 +421,7 @@ def test_symbolic_trace_keeps_fastopt(name: str) -> None:
     sample = module_inputs(name, torch.float32)[0]
     input, target = (t.detach() for t in leaves(name, sample))
     with fastopt.use_backend(BACKEND):
-        torch.testing.assert_close(traced(input, target), module(input * 2, target))
+        torch.testing.assert_close(traced(input, target), module(input * 1, target), equal_nan=True)
 
 
 @EACH_MODULE
@@ -380,7 +430,7 @@ def test_what_a_module_shows(name: str) -> None:
         mine, its = made(fastopt.nn, name, sample), made(torch.nn, name, sample)
         assert repr(mine) == repr(its)
         assert vars(mine).keys() == vars(its).keys()
-        assert mine.__constants__ == its.__constants__
+        assert getattr(mine, "__constants__", None) == getattr(its, "__constants__", None)
         for way in (lambda m: m, lambda m: m.double(), lambda m: m.half().eval()):
             states = way(mine).state_dict(), way(its).state_dict()
             assert list(states[0]) == list(states[1])
@@ -400,12 +450,19 @@ def test_what_a_module_shows(name: str) -> None:
 def older_entries() -> dict[str, dict[str, Any]]:
     entries = [*common_nn.criterion_tests, *common_nn.get_new_module_tests()]
     named = {str(entry.get("fullname")): entry for entry in entries}
-    return {name: e for name, e in named.items() if name.split("_")[0] in MODULES}
+    return {
+        name: e
+        for name, e in named.items()
+        if name.split("_")[0] in MODULES
+        and not name.endswith("legacy_enum")  # whose deprecated arguments are torch's
+        and not isinstance(e.get("input_fn", Tensor)(), tuple)
+    }
 
 
 OLDER = older_entries()
 
 
+@pytest.mark.filterwarnings("ignore:size_average and reduce args")
 @pytest.mark.parametrize("fullname", OLDER)
 def test_older_table(fullname: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its constructors look for torch's names in their own file."""
@@ -417,7 +474,7 @@ def test_older_table(fullname: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return value if value.is_complex() else value.double()
 
     input = tensor("input").requires_grad_()
-    target = (tensor("target"),) if "target_size" in entry else ()
+    target = (tensor("target"),) if {"target_size", "target_fn"} & entry.keys() else ()
     its = entry["constructor"]()
     expected = entry["reference_fn"](input, *(target or (None,)), its)
     torchs_node = its(input, *target).grad_fn

@@ -414,7 +414,7 @@ def test_dtypes_changed_in_place(
 ) -> None:
     """Other numbers of the same size at the same address."""
     if not compiled:
-        monkeypatch.setattr("fastopt.optim._metadata._compiled", lambda: None)
+        monkeypatch.setattr("fastopt.optim._proof._compiled", lambda: None)
     start, outcomes = torch.randn(70).half(), []
     for module in (fastopt.optim, torch.optim):
         p = Parameter(start.clone())

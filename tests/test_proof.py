@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fastopt
-from fastopt.optim import _metadata
-from fastopt.optim._kinds import Spans
+from fastopt.kernels.tables import DIFFERENT, EMPTY
+from fastopt.optim import _proof
 
 
 @pytest.fixture(params=["compiled", "python"], autouse=True)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "python":
-        monkeypatch.setattr(_metadata, "_compiled", lambda: None)
+        monkeypatch.setattr(_proof, "_compiled", lambda: None)
     else:
-        assert _metadata._compiled() is not None, "not in this torch, or it answers otherwise"
+        assert _proof._compiled() is not None, "not in this torch, or it answers otherwise"
     return str(request.param)
 
 
@@ -44,18 +44,38 @@ def some() -> list[Tensor]:
     ]
 
 
-def prove(written: list[Tensor], grads: list[Tensor]) -> tuple[_metadata.Proof, np.ndarray]:
-    addresses = np.zeros(len(grads), np.int64)
-    return _metadata.prove(written, grads, addresses, Spans(written)), addresses
+class Proved:
+    """A proof, and the addresses that it writes down."""
+
+    def __init__(self, written: list[Tensor], grads: list[Tensor]) -> None:
+        self._cells = [np.zeros(len(ts), np.int64) for ts in (written, grads)]
+        cells = [c.ctypes.data + 8 * np.arange(len(c)) for c in self._cells]
+        owners = [k % len(grads) for k in range(len(written))]
+        self._proof = _proof.Proof(written, owners, [(g, None) for g in grads], *cells)
+
+    def holds(self, written: list[Tensor], grads: list[Any]) -> bool:
+        return self._proof.look(written, grads) != DIFFERENT
+
+    @property
+    def written(self) -> list[int]:
+        return self._cells[0].tolist()
+
+    @property
+    def grads(self) -> list[int]:
+        return self._cells[1].tolist()
+
+
+def addresses(tensors: list[Any]) -> list[int]:
+    return [0 if t is None else t.data_ptr() if t.numel() else EMPTY for t in tensors]
 
 
 def test_it_holds_and_finds_others() -> None:
     written, first = some(), some()
-    proof, found = prove(written, first)
+    proof = Proved(written, first)
     for _ in range(3):
         for grads in (first, some(), some()):
             assert proof.holds(written, grads)
-            assert found.tolist() == [t.data_ptr() for t in grads]
+            assert (proof.written, proof.grads) == (addresses(written), addresses(grads))
         for t in (*written, *first):
             if t.is_floating_point():
                 t.detach().add_(1)  # values are not what it is about
@@ -64,10 +84,10 @@ def test_it_holds_and_finds_others() -> None:
 def test_gradients_among_what_is_written() -> None:
     memory = torch.zeros(100)
     written = [memory[10:20], memory[40:50], torch.zeros(10)]
-    proof, found = prove(written, [torch.zeros(10) for _ in range(3)])
+    proof = Proved(written, [torch.zeros(10) for _ in range(3)])
     apart = [memory[:10], memory[20:30], memory[30:40]]
     assert proof.holds(written, apart)
-    assert found.tolist() == [t.data_ptr() for t in apart]
+    assert proof.grads == addresses(apart)
     for first, inside in ((1, True), (10, True), (11, True), (19, True), (31, True), (49, True),
                           (50, False), (90, False)):  # fmt: skip
         for place in range(3):
@@ -83,8 +103,100 @@ def by_data(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Any]:
     return edit
 
 
-EDITS: dict[str, Callable[[Tensor], Any]] = {
+def by_inference(t: Tensor) -> None:
+    with torch.inference_mode():
+        torch.utils.swap_tensors(t, torch.randn(4, 4))
+
+
+def release(t: Tensor) -> Tensor:
+    t.untyped_storage().resize_(0)
+    return t
+
+
+MOVES: dict[str, Callable[[Tensor], Any]] = {
     "moved": by_data(Tensor.clone),
+    "offset": by_data(lambda t: torch.cat((t[:1], t))[1:]),
+    "swapped": lambda t: torch.utils.swap_tensors(t, torch.randn(4, 4)),
+}
+
+
+@pytest.mark.parametrize("edit", MOVES.values(), ids=MOVES)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_new_memory_is_written_down(edit: Callable[[Tensor], Any], place: int) -> None:
+    tensors = [torch.randn(4, 4) for _ in range(3)]
+    grads = [torch.randn(4, 4) for _ in range(3)]
+    proof = Proved(tensors, grads)
+    assert proof.holds(tensors, grads)
+    before = proof.written
+    edit(tensors[place])
+    assert proof.holds(tensors, grads)
+    assert proof.written == addresses(tensors)
+    assert [a != b for a, b in zip(before, proof.written, strict=True)] == [
+        k == place for k in range(3)
+    ]
+
+
+def test_other_objects_of_the_same_kind() -> None:
+    proof = Proved(some(), some())
+    for _ in range(3):
+        tensors, grads = some(), some()
+        assert proof.holds(tensors, grads)
+        assert (proof.written, proof.grads) == (addresses(tensors), addresses(grads))
+
+
+@pytest.mark.parametrize("count", [3, 50, 400])
+def test_moved_memory_that_overlaps(count: int) -> None:
+    """In any order; next to each other is apart."""
+    torch.manual_seed(count)
+    memory, grads = torch.zeros(10 * count + 10), [torch.zeros(10) for _ in range(count)]
+    tensors = [torch.zeros(10) for _ in range(count)]
+    proof = Proved(tensors, grads)
+    assert proof.holds(tensors, grads)
+    for _ in range(5):
+        order = torch.randperm(count).tolist()
+        for t, place in zip(tensors, order, strict=True):
+            t.data = memory[10 * place : 10 * place + 10]
+        assert proof.holds(tensors, grads)
+        assert proof.written == addresses(tensors)
+        victim = tensors[order[0]]
+        where = (victim.data_ptr() - memory.data_ptr()) // 4
+        victim.data = memory[where + 1 : where + 11]
+        others = [t for t in tensors if t is not victim]
+        overlaps = any(abs(t.data_ptr() - victim.data_ptr()) < 40 for t in others)
+        assert proof.holds(tensors, grads) is not overlaps
+        victim.data = memory[-10:]
+        assert proof.holds(tensors, [memory[-5:].repeat(2), *grads[1:]])
+        inside = [torch.zeros(10).as_strided((10,), (1,)), *grads[1:]]
+        inside[count // 2] = memory[-10:]
+        assert not proof.holds(tensors, inside)
+
+
+def test_what_has_no_gradient_is_left_alone() -> None:
+    """It has no address, may be anything meanwhile, and its memory may be another's."""
+    params, states = [torch.zeros(4, 4) for _ in range(3)], [torch.zeros(4, 4) for _ in range(3)]
+    grads: list[Any] = [torch.zeros(4, 4) for _ in range(3)]
+    proof = Proved(params + states, grads)
+    for there in ((1, 1, 1), (0, 1, 0), (0, 0, 0), (1, 0, 1), (1, 1, 1)):
+        some = [g if is_there else None for g, is_there in zip(grads, there, strict=True)]
+        assert proof.holds(params + states, some)
+        masked = [t if there[k % 3] else None for k, t in enumerate(params + states)]
+        assert (proof.written, proof.grads) == (addresses(masked), addresses(some))
+    some = [grads[0], None, grads[2]]
+    for stranger in (params[0].detach(), release(torch.zeros(5, 4)[1:]), torch.zeros(3), None):
+        assert proof.holds([params[0], stranger, *params[2:], *states], some)
+        assert not proof.holds([params[0], stranger, *params[2:], *states], grads)
+    assert proof.holds([*params, *states], [grads[0], None, params[1]])
+    assert not proof.holds([*params, *states], [grads[0], grads[1], params[1]])
+
+
+def test_strides_of_single_elements_mean_nothing() -> None:
+    tensors, grads = [torch.zeros(3, 1, 4)], [torch.zeros(3, 1, 4)]
+    proof = Proved(tensors, grads)
+    assert proof.holds(tensors, [torch.zeros(12).as_strided((3, 1, 4), (4, 99, 1))])
+    assert not proof.holds(tensors, [torch.zeros(12).as_strided((3, 1, 4), (1, 4, 3))])
+
+
+EDITS: dict[str, Callable[[Tensor], Any]] = {
     "dtype": by_data(lambda t: t.view(torch.int32)),
     "transposed": by_data(Tensor.t),
     "transposed in place": Tensor.t_,
@@ -94,11 +206,11 @@ EDITS: dict[str, Callable[[Tensor], Any]] = {
     "strides": by_data(lambda t: t.as_strided((4, 4), (1, 4))),
     "sizes": by_data(lambda t: t.as_strided((4, 2), (4, 1))),
     "negated": by_data(torch._neg_view),
-    "offset": by_data(lambda t: torch.cat((t[:1], t))[1:]),
     "resized": lambda t: t.resize_(5, 4),
     "released": lambda t: t.untyped_storage().resize_(0),
+    "released with an offset": lambda t: by_data(lambda t: release(torch.zeros(5, 4)[1:]))(t),
+    "inference": by_inference,
     "class": lambda t: setattr(t, "__class__", Sub),
-    "swapped": lambda t: torch.utils.swap_tensors(t, torch.randn(4, 4)),
     "meta": lambda t: torch.utils.swap_tensors(t, torch.empty(4, 4, device="meta")),
     "sparse": lambda t: torch.utils.swap_tensors(t, torch.eye(4).to_sparse()),
 }
@@ -109,20 +221,14 @@ EDITS: dict[str, Callable[[Tensor], Any]] = {
 def test_a_change_is_noticed(edit: Callable[[Tensor], Any], place: int) -> None:
     tensors = [torch.randn(4, 4) for _ in range(3)]
     grads = [torch.randn(4, 4) for _ in range(3)]
-    proof, _ = prove(tensors, grads)
+    proof = Proved(tensors, grads)
     assert proof.holds(tensors, grads)
     edit(tensors[place])
     assert not proof.holds(tensors, grads)
     assert not proof.holds(tensors, grads)
 
 
-def release(t: Tensor) -> Tensor:
-    t.untyped_storage().resize_(0)
-    return t
-
-
 OTHERS: dict[str, Callable[[], Any]] = {
-    "none": lambda: None,
     "a number": lambda: 3.0,
     "a subclass": lambda: torch.randn(4, 4).as_subclass(Sub),
     "a parameter": lambda: Parameter(torch.randn(4, 4)),
@@ -136,6 +242,7 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "negated": lambda: torch._neg_view(torch.randn(4, 4)),
     "complex": lambda: torch.randn(4, 4, dtype=torch.complex64),
     "released": lambda: release(torch.randn(4, 4)),
+    "released with an offset": lambda: release(torch.randn(5, 4)[1:]),
 }
 
 
@@ -147,7 +254,7 @@ def test_what_is_not_alike(
 ) -> None:
     written = [torch.randn(4, 4) for _ in range(3)]
     others: list[Any] = [torch.randn(4, 4) for _ in range(3)]
-    proof, _ = prove(written, others)
+    proof = Proved(written, others)
     assert proof.holds(written, others)
     others[place] = make()
     assert not proof.holds(written, others)
@@ -155,28 +262,31 @@ def test_what_is_not_alike(
 
 
 @pytest.mark.parametrize("later", [False, True])
-@pytest.mark.parametrize("which", ["parameter", "gradient"])
-def test_released_memory_is_an_error(which: str, later: bool) -> None:
+@pytest.mark.parametrize("offset", [0, 1, 7])
+@pytest.mark.parametrize("which", ["parameter", "gradient", "state"])
+def test_released_memory_is_an_error(which: str, offset: int, later: bool) -> None:
     """In torch it ends the process."""
-    p, other = Parameter(torch.randn(100)), Parameter(torch.randn(3))
-    optimizer = fastopt.optim.SGD([other, p], lr=0.1)
+    p, other = Parameter(torch.randn(100 + offset)[offset:]), Parameter(torch.randn(3))
+    optimizer = fastopt.optim.SGD([other, p], lr=0.1, momentum=0.5)
     for t in (p, other):
-        t.grad = torch.randn_like(t)
+        t.grad = torch.randn(len(t) + offset)[offset:]
+    if which == "state":
+        optimizer.step()
+        optimizer.state[p]["momentum_buffer"] = torch.randn(100 + offset)[offset:]
     if later:
         optimizer.step()
         optimizer.step()
     before = other.detach().clone()
-    tensor = p if which == "parameter" else p.grad
-    assert tensor is not None
-    tensor.untyped_storage().resize_(0)
-    with pytest.raises(RuntimeError, match=rf"a {which} of size \(100,\) has no memory"):
+    tensors = {"parameter": p, "gradient": p.grad, **optimizer.state[p]}
+    release(tensors["momentum_buffer" if which == "state" else which])
+    with pytest.raises(RuntimeError, match=rf"a {which}.* of size \(100,\) has no memory"):
         optimizer.step()
     assert torch.equal(other, before)
 
 
 def test_it_keeps_nothing_alive() -> None:
     tensors = [torch.randn(4, 4), torch.randn(4, 4)]
-    proof, _ = prove(tensors[:1], tensors[1:])
+    proof = Proved(tensors[:1], tensors[1:])
     gone = list(map(weakref.ref, tensors))
     tensors.clear()
     gc.collect()
@@ -186,13 +296,12 @@ def test_it_keeps_nothing_alive() -> None:
 
 def test_versions() -> None:
     tensors = [torch.randn(3), Parameter(torch.randn(3)), torch.randn(3)[1:]]
-    versions = _metadata.Versions(tensors)
     for k in range(3):
         before = [t._version for t in tensors]
-        versions.increment()
+        _proof.increment_versions(tensors)
         assert [t._version for t in tensors] == [v + 1 for v in before], k
     saved = tensors[1] * tensors[1]
-    versions.increment()
+    _proof.increment_versions(tensors)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         saved.sum().backward()
 
@@ -202,15 +311,15 @@ def test_versions_of_inference_mode() -> None:
     with torch.inference_mode():
         unversioned, other = torch.randn(3), torch.randn(3)
     plain = torch.randn(3)
-    mixed = _metadata.Versions([plain, unversioned])
-    for k in range(3):
-        with torch.inference_mode(k == 0):
-            mixed.increment()
-    assert plain._version == 3
+    with torch.inference_mode():
+        _proof.increment_versions([plain, unversioned])
+    assert plain._version == 1
     tensors = [torch.randn(3), torch.randn(3)]
-    versions = _metadata.Versions(tensors)
-    versions.increment()
-    versions.increment()
+    _proof.increment_versions(tensors)
     torch.utils.swap_tensors(tensors[1], other)  # the process would end here
-    versions.increment()
-    assert tensors[0]._version == 3
+    with torch.inference_mode():
+        _proof.increment_versions(tensors)
+    assert tensors[0]._version == 2
+    sub = torch.randn(3).as_subclass(Sub)
+    _proof.increment_versions([sub])
+    assert sub._version == 1

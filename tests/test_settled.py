@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as theirs
-from cases import BACKEND, FLOATS
+from cases import BACKEND
 from torch import Tensor
 
 import fastopt
 import fastopt.nn.functional as ours
-from fastopt.nn import _loss
-from fastopt.nn._loss import _Memory
+from fastopt.front.call import RouteCache, prepare
+from fastopt.nn.mse import MSE
 
 Calls = dict[str, Callable[[Any], Tensor]]
 
@@ -141,7 +140,7 @@ def test_calls_in_any_order(name: str, quick: bool, monkeypatch: pytest.MonkeyPa
         operation = fastopt.front.call.FUNCTIONS[name]
         monkeypatch.setattr(operation, "crossover", 0)
         monkeypatch.setattr(operation, "row_crossover", {})
-        _Memory.forget()
+        RouteCache.forget()
     calls = class_calls() if name == "cross_entropy" else pointwise_calls(name)
     expected = {k: outcome(call, getattr(theirs, name)) for k, call in calls.items()}
     order = [*calls, *calls, *calls]
@@ -154,7 +153,7 @@ def test_calls_in_any_order(name: str, quick: bool, monkeypatch: pytest.MonkeyPa
                 msg=lambda text, which=which: f"{which}: {text}",
             )  # fmt: skip
     finally:
-        _Memory.forget()
+        RouteCache.forget()
 
 
 def test_insisting_counts_anew() -> None:
@@ -169,82 +168,11 @@ def test_insisting_counts_anew() -> None:
             ours.mse_loss(x, x + 1)
 
 
-def test_memory_is_bounded() -> None:
-    memory = _Memory()
+def test_cache_is_bounded() -> None:
+    cache = RouteCache()
     x = torch.zeros(2, 2)
-    analysed = _loss.prepare(
-        "mse_loss", fastopt.nn.mse.hyper.MSE(), "mean", torch.float32, (x, x + 1), []
-    )
-    for k in range(3 * memory.LIMIT):
-        memory.settle(("key", k), analysed, analysed.tensors)
-        assert len(memory._known) <= memory.LIMIT
-    assert memory.find(("key", 3 * memory.LIMIT - 1)) is not None
-    memory.settle(("twice",), analysed._replace(tensors=(x, x)), (x, x))
-    assert memory.find(("twice",)) is None, "which argument is which can't be told"
-
-
-# -- what backward passes usually ask for -------------------------------------------------
-
-
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A list that gets the grad_output of every backward pass that computes its gradients."""
-    backend, found = fastopt.dispatch.load("numba"), []
-    backward = backend.backward
-
-    def noted(options: Any, tensors: Any, grads: Any, kept: Any, given: Tensor, needs: Any) -> Any:
-        found.append(given.item())
-        return backward(options, tensors, grads, kept, given, needs)
-
-    monkeypatch.setattr(backend, "backward", noted)
-    return found
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("name", fastopt.nn._operations.FUNCTIONS)
-def test_backward_passes_of_a_habit(
-    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The third pass with a number is the forward's, and it is the same to the last bit."""
-    _Memory.forget()
-    second = torch.randint(1000, (600,)) if name == "cross_entropy" else torch.randn(600, 1000)
-    second = second if name == "cross_entropy" else second.to(dtype)
-    computed = passes(monkeypatch)
-    given = [0.25, 0.25, 0.25, 0.25, 3.0, 0.25, 3.0, 3.0, 3.0, 0.25, 1.0, 1.0, 1.0, -0.0, 1.0]
-    anew = [True, True, False, False, True, False, True, True, False, True, True, True, False, True]
-    for scale, expected in zip(given, [*anew, False], strict=True):
-        x = torch.randn(600, 1000).to(dtype).requires_grad_()
-        scaled = torch.tensor(scale, dtype=dtype)
-        count = len(computed)
-        (grad,) = torch.autograd.grad(getattr(ours, name)(x, second), x, scaled)
-        assert len(computed) - count == expected, (scale, count)
-        with fastopt.use_backend("numba"):  # another kind of call, with a habit of its own
-            loss = getattr(ours, name)(x, second)
-        torch.autograd.grad(loss, x, scaled, retain_graph=True)
-        assert torch.equal(grad, torch.autograd.grad(loss, x, scaled)[0])
-        assert computed[-1] == scale
-    _Memory.forget()
-
-
-def test_zero_becomes_no_habit() -> None:
-    """Of its gradients the sign counts."""
-    _Memory.forget()
-    for scale in (0.0, 0.0, 0.0, -0.0, -0.0, -0.0, 0.0):
-        x, y = torch.randn(400, 400, requires_grad=True), torch.randn(400, 400)
-        (found,) = torch.autograd.grad(ours.mse_loss(x, y), x, torch.tensor(scale))
-        (expected,) = torch.autograd.grad(theirs.mse_loss(x, y), x, torch.tensor(scale))
-        assert torch.equal(found.signbit(), expected.signbit())
-    _Memory.forget()
-
-
-def test_numbers_that_are_none_become_no_habit(monkeypatch: pytest.MonkeyPatch) -> None:
-    _Memory.forget()
-    y = torch.randn(400, 400)
-    for scale in (math.nan, math.nan, math.nan, math.inf, math.inf, math.inf, 1.0):
-        x = torch.randn(400, 400, requires_grad=True)
-        for module in (ours, theirs):
-            loss = module.mse_loss(x, y)
-            (grad,) = torch.autograd.grad(loss, x, torch.tensor(scale))
-            if module is ours:
-                found = grad
-        torch.testing.assert_close(found, grad, equal_nan=True)
-    _Memory.forget()
+    call = prepare("mse_loss", MSE(), ("mean",), "mean", torch.float32, (x, x + 1, None), [])
+    for k in range(3 * cache.LIMIT):
+        cache.settle(("key", k), call, (0, 1, None))
+        assert len(cache._known) <= cache.LIMIT
+    assert cache.find(("key", 3 * cache.LIMIT - 1)) is not None

@@ -25,7 +25,7 @@ TRAPS: dict[str, tuple[str, ...]] = {
         "test_losses::test_values_and_gradients", "test_guarded::test_every_loss"),
     "a second backward sees what the first has scaled in place (quack 209)": (
         "test_losses::test_backward_twice_and_into_leaves",
-        "test_settled::test_backward_passes_of_a_habit"),
+        "test_expected::test_gradients_left_behind"),
     "one grad_output for all rows, or read past its end (Liger-Kernel #678, #968; NeMo Automodel "
     "3853; TransformerEngine 623; FlagGems #5212)": (
         "test_losses::test_expanded_grad_output", "test_opinfo::test_gradient_of_the_loss"),

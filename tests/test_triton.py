@@ -21,18 +21,20 @@ import numpy as np
 
 from fastopt.kernels import hyper
 from fastopt.kernels.layout import ClassAxis
+from fastopt.kernels.operation import Options
 from fastopt.kernels.tables import Tables, Traced
 from fastopt.kernels.triton import device_table, multi_tensor
 from fastopt.kernels.triton.compiler import Hardware
 from fastopt.kernels.triton.cross_entropy import tiling
 from fastopt.kernels.triton.device_table import DeviceTable
+from fastopt.nn.cross_entropy import CrossEntropy
 
 H100 = Hardware(132, 32, 50 << 20)
 
 
 def uploads(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """How often each table of the (only) bucket has been uploaded."""
-    (bucket,) = optimizer._plan._buckets
+    (bucket,) = optimizer._planner.plan._buckets
     update = vars(bucket._launch)
     return {name: table.uploads for name, table in update.items() if isinstance(table, DeviceTable)}
 
@@ -83,7 +85,7 @@ def test_captured_steps_have_tables_of_their_own(
 
     step(0.1)
     before = uploads(optimizer)
-    constants = optimizer._plan._buckets[0]._launch._constants
+    constants = optimizer._planner.plan._buckets[0]._launch._constants
     kept = constants.clone()
     with monkeypatch.context() as patch:
         for module in (device_table, multi_tensor):
@@ -181,7 +183,7 @@ def test_explain_names_the_variant() -> None:
     assert "gradient in the forward pass" in long
     assert "gradient recomputed in backward" in scaled
     assert "whole rows a program, read once" in short
-    assert "triton: pointwise, 1,563 programs of 2048 elements" in pointwise
+    assert "triton: flat, 1,563 programs of 2048 elements" in pointwise
     assert "1 tensors in one launch of 3 programs" in step
 
 
@@ -193,7 +195,7 @@ def test_target_out_of_range_without_an_assert(bad: int) -> None:
 
     x, t = torch.randn(3, 10), torch.tensor([1, bad, 2])
     call = cross_entropy._prepare(
-        hyper.Loss(hyper.CrossEntropy(), "none", torch.float32), (x, t.clamp(0, 9), None)
+        Options(CrossEntropy(), "none", torch.float32), (x, t.clamp(0, 9), None)
     )._replace(target=t)
     losses = torch.zeros(3)
     cut = tiling(call.axis, 4, H100)

@@ -83,3 +83,6 @@ class BCELoss(LossModule, torch.nn.BCELoss, function=binary_cross_entropy):
 
     Reference: :class:`torch.nn.BCELoss`
     """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return binary_cross_entropy(input, target, **self._options())

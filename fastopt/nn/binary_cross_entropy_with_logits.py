@@ -83,3 +83,6 @@ class BCEWithLogitsLoss(
 
     Reference: :class:`torch.nn.BCEWithLogitsLoss`
     """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return binary_cross_entropy_with_logits(input, target, **self._options())

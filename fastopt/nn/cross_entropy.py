@@ -211,3 +211,6 @@ class CrossEntropyLoss(LossModule, torch.nn.CrossEntropyLoss, function=cross_ent
 
     Reference: :class:`torch.nn.CrossEntropyLoss`
     """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(input, target, **self._options())

@@ -107,3 +107,6 @@ class GaussianNLLLoss(LossModule, torch.nn.GaussianNLLLoss, function=gaussian_nl
 
     Reference: :class:`torch.nn.GaussianNLLLoss`
     """
+
+    def forward(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
+        return gaussian_nll_loss(input, target, var, **self._options())

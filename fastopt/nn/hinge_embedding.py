@@ -81,3 +81,6 @@ class HingeEmbeddingLoss(LossModule, torch.nn.HingeEmbeddingLoss, function=hinge
 
     Reference: :class:`torch.nn.HingeEmbeddingLoss`
     """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return hinge_embedding_loss(input, target, **self._options())

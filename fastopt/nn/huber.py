@@ -80,3 +80,6 @@ class HuberLoss(LossModule, torch.nn.HuberLoss, function=huber_loss):
 
     Reference: :class:`torch.nn.HuberLoss`
     """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return huber_loss(input, target, **self._options())

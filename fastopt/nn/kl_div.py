@@ -98,3 +98,6 @@ class KLDivLoss(LossModule, torch.nn.KLDivLoss, function=kl_div):
 
     Reference: :class:`torch.nn.KLDivLoss`
     """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return kl_div(input, target, **self._options())

@@ -76,3 +76,6 @@ class L1Loss(LossModule, torch.nn.L1Loss, function=l1_loss):
 
     Reference: :class:`torch.nn.L1Loss`
     """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return l1_loss(input, target, **self._options())

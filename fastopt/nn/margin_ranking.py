@@ -83,3 +83,6 @@ class MarginRankingLoss(LossModule, torch.nn.MarginRankingLoss, function=margin_
 
     Reference: :class:`torch.nn.MarginRankingLoss`
     """
+
+    def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor:
+        return margin_ranking_loss(input1, input2, target, **self._options())

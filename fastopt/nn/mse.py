@@ -75,3 +75,6 @@ class MSELoss(LossModule, torch.nn.MSELoss, function=mse_loss):
 
     Reference: :class:`torch.nn.MSELoss`
     """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return mse_loss(input, target, **self._options())

@@ -98,3 +98,6 @@ class PoissonNLLLoss(LossModule, torch.nn.PoissonNLLLoss, function=poisson_nll_l
 
     Reference: :class:`torch.nn.PoissonNLLLoss`
     """
+
+    def forward(self, log_input: Tensor, target: Tensor) -> Tensor:
+        return poisson_nll_loss(log_input, target, **self._options())

@@ -82,3 +82,6 @@ class SmoothL1Loss(LossModule, torch.nn.SmoothL1Loss, function=smooth_l1_loss):
 
     Reference: :class:`torch.nn.SmoothL1Loss`
     """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return smooth_l1_loss(input, target, **self._options())

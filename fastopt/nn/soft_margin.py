@@ -70,3 +70,6 @@ class SoftMarginLoss(LossModule, torch.nn.SoftMarginLoss, function=soft_margin_l
 
     Reference: :class:`torch.nn.SoftMarginLoss`
     """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return soft_margin_loss(input, target, **self._options())

@@ -1,18 +1,17 @@
-"""Which parameters can share a launch, and which backend serves each kind."""
+"""What decides which parameters can share a launch, and what only torch can serve."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from .. import dispatch
-from ..dispatch import Decision, Request
-from ..kernels.layout import is_dense, same_layout
+from ..kernels.layout import is_dense, is_released, released_error, same_layout
 from ._shards import is_dtensor, local
 from ._shards import specials as shard_specials
 
@@ -47,77 +46,6 @@ class Kind(NamedTuple):
     special: tuple[str, ...]
 
 
-class Member(NamedTuple):
-    """A parameter to update, and the place of its group."""
-
-    param: Tensor
-    group: int
-
-
-class Share(NamedTuple):
-    """The members of one kind, and who serves them."""
-
-    kind: Kind
-    decision: Decision
-    members: list[Member]
-
-
-def shares(optimizer: PlannedStep, without_grads: bool = False) -> list[Share]:
-    """Sort the parameters that have a gradient by kind, and decide for each kind.
-
-    Args:
-        optimizer: nothing of it is changed.
-        without_grads: count parameters without a gradient as if they had one of their own
-            dtype and layout.
-
-    Raises:
-        BackendUnavailable: the backend insisted on can't serve one of them.
-    """
-    by_kind: dict[Kind, list[Member]] = {}
-    touched: list[Tensor] = []
-    read: list[Tensor] = []
-    for place, group in enumerate(optimizer.param_groups):
-        special = group_specials(optimizer, group)
-        read += [t for t in group.values() if isinstance(t, Tensor)]
-        for param in group["params"]:
-            grad = param.grad
-            if grad is None:
-                if not without_grads:
-                    continue
-                grad = param
-            else:
-                read.append(local(grad))
-            state = optimizer.state.get(param, {})
-            kind = _kind(optimizer, group, special, param, grad, state)
-            by_kind.setdefault(kind, []).append(Member(param, place))
-            touched.append(local(param))
-            touched += [local(t) for t in state.values() if isinstance(t, Tensor)]
-    if _share_memory(touched, read):
-        merged: dict[Kind, list[Member]] = {}
-        for kind, members in by_kind.items():
-            reason = "parameters, states or gradients that share memory"
-            kind = kind._replace(special=(*kind.special, reason))
-            merged.setdefault(kind, []).extend(members)
-        by_kind = merged
-    return [
-        Share(kind, dispatch.choose(_request(optimizer, kind, members)), members)
-        for kind, members in by_kind.items()
-    ]
-
-
-def _request(optimizer: PlannedStep, kind: Kind, members: list[Member]) -> Request:
-    device = kind.device
-    return Request(
-        optimizer._operation,
-        device.type,
-        (kind.param, kind.grad, *(d for d in kind.slots if d is not None)),
-        sum(local(m.param).numel() for m in members),
-        kind.special,
-        torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
-        dispatch.insisted(),
-    )
-
-
 # -- what only torch can serve, or has to refuse ------------------------------------------
 
 
@@ -131,6 +59,11 @@ def _torchs_defaults(operation: str) -> tuple[dict[str, Any], tuple[tuple[str, i
         if not (value is None or isinstance(value, bool))  # a flag, of which its truth counts
     )
     return defaults, numbers
+
+
+def option_names(operation: str) -> Iterable[str]:
+    """The names of an optimizer's options in its groups."""
+    return _torchs_defaults(operation)[0]
 
 
 def group_specials(optimizer: PlannedStep, group: dict[str, Any]) -> tuple[str, ...]:
@@ -159,6 +92,10 @@ _LARGEST = float(np.finfo(np.float64).max)
 
 def _is_served(optimizer: PlannedStep, group: dict[str, Any], name: str, number: Any) -> bool:
     """Whether the kernels take a hyperparameter, of which torch takes more and refuses others."""
+    if isinstance(number, (np.floating, np.integer)):
+        if type(number) is np.float16 and (name == "betas" or group.get("capturable")):
+            return False  # torch computes in half precision with it
+        number = number.item()
     if isinstance(number, (float, int)):
         if name in optimizer._rates:
             return 0 <= number < 1 and not isinstance(number, bool)
@@ -178,27 +115,44 @@ def fits_torchs_fused(param: Tensor) -> bool:
     return is_dense(param) and same_layout(param, grad)
 
 
-def _kind(
+def kind_of(
     optimizer: PlannedStep,
     group: dict[str, Any],
+    around: tuple[str, ...],
     group_special: tuple[str, ...],
     param: Tensor,
-    grad: Tensor,
-    state: dict[str, Any],
+    expected: torch.dtype | None = None,
 ) -> Kind:
-    special = list(group_special)
+    """What kind of a parameter it is.
+
+    Args:
+        around: why torch's own step has to be taken.
+        group_special: why only torch can update its group.
+        expected: the dtype of a gradient that isn't there; the parameter's if None.
+
+    Raises:
+        RuntimeError: a parameter with a gradient, that or a state has no memory.
+    """
+    special = [*around, *group_special]
+    if is_lazy(param):  # of which torch lets nothing be asked
+        special.append(f"a parameter of type {type(param).__name__}, whose size isn't known yet")
+        slots = (None,) * len(optimizer._slots)
+        return Kind(_CPU, False, param.dtype, param.dtype, slots, None, False, tuple(special))
+    state = optimizer.state.get(param, {})
+    there, grad = param.grad is not None, param if param.grad is None else param.grad
     if group.get("capturable") and param.device.type == "cpu":
         special.append("capturable=True on the CPU")
     if torch.is_inference_mode_enabled() or param.is_inference():
         special.append("inference mode")  # whose tensors torch keeps from changing outside of it
     special += shard_specials("gradient", grad, param)
     whole, param, grad = param, local(param), local(grad)
-    special += _layout_specials(param, grad)
+    if not around:  # a transform's tensors have no address
+        special += _layout_specials(param, grad, there)
     active = () if group_special else optimizer._active(group)
     if state and optimizer._counts_steps:  # torch creates all states or none
         names = (*active, "step")
         special += [f"no state {name!r} beside others" for name in names if name not in state]
-    slots: list[torch.dtype | None] = []
+    dtypes: list[torch.dtype | None] = []
     for name in optimizer._slots:
         value, dtype = state.get(name), None
         if name not in active:
@@ -215,9 +169,11 @@ def _kind(
             special += unlike
         elif not special and not same_layout(param, local(value)):
             special.append(f"state {name!r} of another layout than the parameter's")
+        elif there and not special and is_released(local(value)):
+            raise released_error(f"a state {name!r}", local(value))
         else:
             dtype = value.dtype
-        slots.append(dtype)
+        dtypes.append(dtype)
     step, on_device = None, False
     if optimizer._counts_steps:
         step, where = default_counter(param, group)
@@ -225,13 +181,16 @@ def _kind(
         if counter is not None:
             if type(counter) is Tensor and counter.numel() == 1 and counter.dtype in _COUNTERS:
                 step, where = counter.dtype, counter.device
+                if there and not around and is_released(counter):
+                    raise released_error("a state 'step'", counter)
             else:
                 special.append("state 'step' that is no one number")
         if where not in (param.device, _CPU):
             special.append(f"state 'step' on {where}")
         on_device = where == param.device and (where != _CPU or _keeps_counter(group))
+    dtype = grad.dtype if there or expected is None else expected
     return Kind(
-        param.device, is_dtensor(whole), param.dtype, grad.dtype, tuple(slots), step, on_device,
+        param.device, is_dtensor(whole), param.dtype, dtype, tuple(dtypes), step, on_device,
         tuple(special),
     )  # fmt: skip
 
@@ -248,17 +207,14 @@ def default_counter(param: Tensor, group: dict[str, Any]) -> tuple[torch.dtype, 
     return torch.float64 if double else torch.float32, device
 
 
-def _layout_specials(param: Tensor, grad: Tensor) -> list[str]:
+def _layout_specials(param: Tensor, grad: Tensor, has_grad: bool) -> list[str]:
     for name, tensor in (("parameter", param), ("gradient", grad)):
         if type(tensor) not in _PLAIN:
             return [f"a {name} of type {type(tensor).__name__}"]
         if tensor.layout is not torch.strided:
             return [f"a {name} of layout {tensor.layout}"]
-        if tensor.numel() and not tensor.is_meta and not tensor.data_ptr():
-            raise RuntimeError(  # in torch's code it ends the process
-                f"a {name} of size {tuple(tensor.shape)} has no memory; its storage has "
-                f"{tensor.untyped_storage().nbytes()} bytes"
-            )
+        if has_grad and is_released(tensor):
+            raise released_error(f"a {name}", tensor)
         if tensor.is_neg() or tensor.is_conj():
             return [f"a lazily negated or conjugated {name}"]
     if grad.device != param.device:
@@ -271,46 +227,3 @@ def _layout_specials(param: Tensor, grad: Tensor) -> list[str]:
             f"for {tuple(param.stride())}"
         ]
     return []
-
-
-# -- memory that is written must belong to one tensor --------------------------------
-
-
-class Spans:
-    """The stretches of memory that some tensors occupy, in order."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        spans = sorted(_span(t) for t in tensors if _has_memory(t))
-        self.starts = np.array([s[0] for s in spans], np.int64)
-        self.ends = np.array([s[1] for s in spans], np.int64)
-
-    def overlap_among_themselves(self) -> bool:
-        return bool((self.ends[:-1] > self.starts[1:]).any())
-
-    def overlap(self, starts: Sequence[int] | np.ndarray, ends: np.ndarray) -> bool:
-        """Whether any span [start, end) overlaps one of these, which must not overlap."""
-        if not len(self.ends):
-            return False
-        first = np.searchsorted(self.ends, np.asarray(starts, np.int64), side="right")
-        inside = first < len(self.ends)
-        return bool((self.starts[first[inside]] < ends[inside]).any())
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and tensor.numel() > 0 and not tensor.is_meta
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    start = tensor.data_ptr()
-    reach = sum(
-        stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-    )
-    return start, start + (reach + 1) * tensor.element_size()
-
-
-def _share_memory(written: Sequence[Tensor], read: Sequence[Tensor]) -> bool:
-    spans = Spans(written)
-    if spans.overlap_among_themselves():
-        return True
-    plain = [_span(t) for t in read if _has_memory(t)]
-    return spans.overlap([s[0] for s in plain], np.array([s[1] for s in plain], np.int64))

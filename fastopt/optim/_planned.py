@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from .. import dispatch
 from ..dispatch import Decision
-from ._kinds import default_counter, fits_torchs_fused, group_specials, shares
-from ._plan import StepPlan
-from ._shards import local
+from ._kinds import default_counter, fits_torchs_fused, group_specials
+from ._planner import Planner
+from ._seams import circumstances, torchs_parts
+from ._sort import size_of, sort
 
 Group = dict[str, Any]
 
@@ -31,7 +32,8 @@ class PlannedStep(Optimizer):
 
     A subclass says how its hyperparameters become a record, and which states it has.
     Groups, state layout, checkpoints, validation and `repr` stay torch's. The plan is no
-    part of the state: pickling and copying drop it, and the next step makes a new one.
+    part of the state: pickling and copying drop it, and the next step makes a new one. Where
+    a subclass, a mode or a patch has a say in a step of torch's, that is the one to be taken.
     """
 
     _operation: ClassVar[str]
@@ -45,6 +47,11 @@ class PlannedStep(Optimizer):
     #: whether torch takes tensors as hyperparameters with foreach=True and without capturable
     _foreach_takes_tensors: ClassVar[bool] = True
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "_operation" in vars(cls):
+            torchs_parts(cls._operation)  # now, before anyone can have replaced some
+
     def _active(self, group: Group) -> tuple[str, ...]:
         """The slots that this group's configuration uses."""
         raise NotImplementedError
@@ -53,12 +60,21 @@ class PlannedStep(Optimizer):
         """A group's hyperparameters as a record; begins: at the first step of a state."""
         raise NotImplementedError
 
+    def _rounds(self, group: Group) -> bool:
+        """Whether torch computes a step's numbers with NumPy's half precision."""
+        return False
+
+    def _rounded_hyper(self, group: Group, step: float) -> Any:
+        """For such a group the record of one parameter, whose step it is."""
+        raise NotImplementedError
+
     def _flags(self, group: Group) -> tuple[Any, ...]:
         """What decides how a group's parameters are sorted into buckets."""
         special = group_specials(self, group)
         if special:
             return special
-        return (*self._active(group), group.get("capturable"), group.get("fused"))
+        flags = group.get("capturable"), group.get("fused"), self._rounds(group)
+        return (*self._active(group), *flags)
 
     def _create_state(self, param: Tensor, group: Group, names: Iterable[str]) -> bool:
         """Add missing states to a parameter, as torch lays them out; whether any was missing."""
@@ -105,10 +121,9 @@ class PlannedStep(Optimizer):
         if torch.compiler.is_compiling():
             self._torch_step()
             return loss
-        plan: StepPlan | None = self.__dict__.get("_plan")
-        if plan is None or not plan.holds(self):
-            self._plan = None  # stays so if the next line raises
-            plan = self._plan = StepPlan(self)
+        if dispatch.insisted() in (None, "reference") and circumstances(self):
+            self._torch_step()
+            return loss
         # Left here by a GradScaler, if fused=True.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if grad_scale is not None or found_inf is not None:
@@ -121,7 +136,10 @@ class PlannedStep(Optimizer):
             with self._unscaled(params, grad_scale):
                 self._torch_step(params)
 
-        plan.run(by_reference, grad_scale, found_inf)
+        planner: Planner | None = self.__dict__.get("_planner")
+        if planner is None:
+            planner = self.__dict__.setdefault("_planner", Planner())
+        planner.step(self, by_reference, grad_scale, found_inf)
         return loss
 
     @contextmanager
@@ -170,7 +188,7 @@ class PlannedStep(Optimizer):
     def _decisions(self) -> tuple[Decision, ...]:
         return tuple(
             dispatch.describe(
-                decision, "describe_step", kind.param, [local(m.param).numel() for m in members]
+                decision, "describe_step", kind.param, [size_of(m.param) for m in members]
             )
-            for kind, decision, members in shares(self, without_grads=True)
+            for kind, decision, members in sort(self, without_grads=True).shares
         )

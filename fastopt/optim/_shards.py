@@ -7,8 +7,8 @@ process can update what it holds without asking another.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from operator import attrgetter, is_
+from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -47,19 +47,18 @@ def specials(name: str, tensor: Any, param: Any) -> list[str]:
     return []
 
 
-class Shards:
-    """Proves that DTensors are cut as they were, into the same local tensors."""
+_cut = attrgetter("device_mesh", "placements")
 
-    def __init__(self, params: Sequence[Tensor], others: Iterable[Tensor]) -> None:
-        """others: states, cut as the parameters are."""
-        self._tensors = [*params, *others]
-        self._locals = list(map(_local, self._tensors))
-        self._cuts = list(map(cut, params))
 
-    def of(self, grads: Sequence[Any]) -> list[Tensor] | None:
-        """The gradients' local tensors, or None if anything is cut otherwise than it was."""
-        if not all(map(is_, map(_local, self._tensors), self._locals)):
-            return None
-        if list(map(cut, grads)) != self._cuts:
-            return None
-        return list(map(_local, grads))
+def cuts(tensors: Iterable[Any]) -> list[Any]:
+    """How DTensors are cut, and among whom.
+
+    Raises:
+        AttributeError: one of them is none.
+    """
+    return list(map(_cut, tensors))
+
+
+def locals_of(tensors: Iterable[Any]) -> list[Tensor]:
+    """What this process holds of DTensors."""
+    return list(map(_local, tensors))

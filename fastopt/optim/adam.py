@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..kernels import hyper
@@ -62,6 +63,12 @@ class Adam(PlannedStep, torch.optim.Adam):
     def _hyper(self, group: dict[str, Any], begins: bool) -> hyper.Adam:
         return adam_hyper(group, decoupled=False)
 
+    def _rounds(self, group: dict[str, Any]) -> bool:
+        return adam_rounds(group)
+
+    def _rounded_hyper(self, group: dict[str, Any], step: float) -> hyper.Adam:
+        return rounded(self._hyper(group, False), group, step)
+
 
 def adam_hyper(group: dict[str, Any], decoupled: bool) -> hyper.Adam:
     """The record of Adam or AdamW; decoupled counts in a torch whose groups don't say it."""
@@ -75,3 +82,19 @@ def adam_hyper(group: dict[str, Any], decoupled: bool) -> hyper.Adam:
         weight_decay=group["weight_decay"],
         decoupled=float(bool(group.get("decoupled_weight_decay", decoupled))),
     )
+
+
+def adam_rounds(group: dict[str, Any]) -> bool:
+    """Whether torch's step size and decay factor are rounded to NumPy's half precision."""
+    numbers = group["lr"], group["weight_decay"]
+    return any(type(n) is np.float16 for n in numbers) and not group.get("fused")
+
+
+def rounded(record: hyper.Adam, group: dict[str, Any], step: float) -> hyper.Adam:
+    """The record of which a kernel derives the numbers that torch has at a step."""
+    lr, decay = group["lr"], group["weight_decay"]
+    correction = 1 - record.beta1**step
+    exact = float(lr / correction) * correction
+    if record.decoupled and exact:
+        decay = (1 - float(1 - lr * decay)) / exact
+    return record._replace(lr=exact, weight_decay=float(decay))

@@ -8,7 +8,7 @@ import torch
 
 from ..kernels import hyper
 from ._planned import PlannedStep
-from .adam import Adam, adam_hyper
+from .adam import Adam, adam_hyper, adam_rounds, rounded
 
 __all__ = ["AdamW"]
 
@@ -43,3 +43,9 @@ class AdamW(PlannedStep, torch.optim.AdamW):
 
     def _hyper(self, group: dict[str, Any], begins: bool) -> hyper.Adam:
         return adam_hyper(group, decoupled=True)
+
+    def _rounds(self, group: dict[str, Any]) -> bool:
+        return adam_rounds(group)
+
+    def _rounded_hyper(self, group: dict[str, Any], step: float) -> hyper.Adam:
+        return rounded(self._hyper(group, False), group, step)

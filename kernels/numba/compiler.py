@@ -1,4 +1,4 @@
-"""What numba is told, once: options, the disk cache, the specialisation of a loop.
+"""What numba is told, once: options, formulas, the specialisation of a loop.
 
 Options and their reasons:
     nogil           kernels touch no Python object, so other threads go on.
@@ -15,24 +15,21 @@ Options and their reasons:
 from __future__ import annotations
 
 import functools
-import hashlib
-import os
-import pickle
-import sys
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, NamedTuple
 
-import llvmlite
 import numba
 import torch
-from numba.core import caching, config, types
-from numba.core.runtime import rtsys
+from numba.core import types
 from numba.extending import overload
 
+from .disk_cache import Cache, _cache_directory
 from .pointer import Pointer
+from .reach import body_of
 
 CONTRACT = frozenset({"contract"})
 REASSOCIATE = frozenset({"contract", "reassoc", "nsz"})
@@ -82,7 +79,7 @@ class Region(NamedTuple):
 def _compiled(function: Callable[..., Any], fastmath: frozenset[str], **options: bool) -> Any:
     dispatcher = numba.njit(fastmath=set(fastmath), **{**_OPTIONS, **options})(function)
     if _cache_directory() is not None:
-        dispatcher._cache = _Cache(function)
+        dispatcher._cache = Cache(function)
     return dispatcher
 
 
@@ -95,10 +92,11 @@ def formula_of(
     makes it the body for MSE records. `default` serves the records without a body.
     """
     bodies: dict[type, Callable[..., Any]] = {}
+    body_of[stub] = lambda record: bodies.get(record, default)
 
     @overload(stub, strict=False, jit_options=FUNCTION_OPTIONS)
     def choose(record: Any, *args: Any) -> Any:
-        return bodies.get(record.instance_class, default)
+        return body_of[stub](record.instance_class)
 
     def register(record: type) -> Callable[..., Any]:
         def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,9 +114,39 @@ def specialise(dispatcher: Any, *signature: types.Type) -> Callable[..., Any]:
 
     Calling it skips numba's type inspection of each argument.
     """
-    dispatcher.compile(signature)
+    with _quiet():
+        dispatcher.compile(signature)
     entry: Callable[..., Any] = dispatcher.get_overload(signature)
     return entry
+
+
+_quiet_lock = threading.Lock()
+_quiet_count = 0
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep numba's messages out of the logs of a program that logs everything.
+
+    A compilation has ten thousand of them at level DEBUG. Whoever has given numba's logger a level
+    wants them; else it has one while something is compiled here, and none after that.
+    """
+    global _quiet_count
+    logger = logging.getLogger("numba")
+    with _quiet_lock:
+        _quiet_count += 1
+        if logger.level == logging.NOTSET:
+            logger.setLevel(_QUIET)
+    try:
+        yield
+    finally:
+        with _quiet_lock:
+            _quiet_count -= 1
+            if _quiet_count == 0 and logger.level == _QUIET:
+                logger.setLevel(logging.NOTSET)
+
+
+_QUIET = logging.WARNING + 1  # a number by which it is known again
 
 
 def record_type(record: Any, compute: types.Type) -> types.Type:
@@ -142,131 +170,3 @@ def pointer(dtype: str, slot: int, compute: str = "float32", fixed: bool = False
     if dtype in ("int64", "uint8"):
         compute = "int64"
     return Pointer(dtype, getattr(types, compute), slot, fixed)
-
-
-# -- the disk cache ------------------------------------------------------------------
-#
-# numba invalidates a cached function when the file that defines *it* changes, but the
-# formulas and helpers it calls live in other files: an edited formula would run as stale
-# machine code. Here the stamp of every function covers all sources of the kernels and
-# the versions that shape the code. One directory and a stamp, rather than a directory
-# per stamp: an outdated entry is overwritten, so the cache never grows.
-
-
-@functools.cache
-def source_stamp() -> str:
-    """Digest of everything that the machine code depends on (numba adds the CPU itself)."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.parent.rglob("*.py")):
-        if "triton" not in file.parts:
-            digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-    digest.update(f"{sys.version_info[:2]} {numba.__version__} {llvmlite.__version__}".encode())
-    return digest.hexdigest()
-
-
-@functools.cache
-def _cache_directory() -> str | None:
-    """The first place that can be written to, or None: then each process compiles anew."""
-    package = Path(__file__).resolve().parent
-    key = hashlib.sha256(str(package).encode()).hexdigest()[:12]
-    places = []
-    if config.CACHE_DIR:
-        places.append(Path(config.CACHE_DIR) / f"fastopt-{key}")
-    places.append(package / "__pycache__")
-    user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if os.path.isabs(user_cache):  # without HOME, "~" stays as it is
-        places.append(Path(user_cache) / f"fastopt-{key}")
-    for place in places:
-        try:
-            # Cached code is executed: nobody else may have put it there.
-            place.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if hasattr(os, "getuid") and place.stat().st_uid not in (os.getuid(), 0):
-                continue
-            with tempfile.TemporaryFile(dir=place):
-                return str(place)
-        except OSError:
-            continue
-    return None
-
-
-class _Locator(caching._CacheLocator):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._name = function.__code__.co_filename
-
-    def get_cache_path(self) -> str:
-        return str(_cache_directory())
-
-    def get_source_stamp(self) -> str:
-        return source_stamp()
-
-    def get_disambiguator(self) -> str:
-        return f"fastopt-{Path(self._name).stem}"
-
-    @classmethod
-    def from_function(cls, function: Callable[..., Any], file: str) -> _Locator:
-        return cls(function)
-
-
-class _CacheImpl(caching.CompileResultCacheImpl):
-    _locator_classes = (_Locator,)
-
-
-_LOADS_ALONE = ("0.68.",)
-
-
-class _CacheFile(caching.IndexDataCacheFile):
-    """A file for each specialisation, named by it and marked with what it is of.
-
-    Numba numbers its files and keeps an index of them. Where two processes compile at once, both
-    may take the same number, and an index then leads to another function's code. Here a file
-    that is of something else, or outdated, is one that isn't there.
-    """
-
-    def __init__(self, cache_path: str, filename_base: str, source_stamp: str) -> None:
-        super().__init__(cache_path, filename_base, source_stamp)
-        self._base = filename_base
-
-    def save(self, key: Any, data: Any) -> None:
-        content = self._dump(data)
-        with self._open_for_write(self._file_of(key)) as file:  # in place at once, or not at all
-            pickle.dump(self._mark(key), file)
-            file.write(content)
-
-    def load(self, key: Any) -> Any:
-        try:
-            with open(self._file_of(key), "rb") as file:
-                return pickle.load(file) if pickle.load(file) == self._mark(key) else None
-        except FileNotFoundError:
-            return None
-
-    def _file_of(self, key: Any) -> str:
-        signature, machine, _ = key  # without the code itself: a new version overwrites the old one
-        digest = hashlib.sha256(repr((signature, machine)).encode()).hexdigest()[:16]
-        path: str = self._data_path(f"{self._base}.{digest}.nbc")
-        return path
-
-    def _mark(self, key: Any) -> tuple[str, str]:
-        return self._source_stamp, repr(key)
-
-
-class _Cache(caching.FunctionCache):
-    _impl_class = _CacheImpl
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__(function)
-        locator = self._impl.locator
-        self._cache_file = _CacheFile(
-            self._cache_path, self._impl.filename_base, locator.get_source_stamp()
-        )
-
-    def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """Numba's, but for making the compiler ready first, which takes 0.2 s.
-
-        Machine code that only has to be loaded needs nothing of that but numba's runtime. That
-        is no promise of numba's, so other versions than the ones tried get the whole of it.
-        """
-        if not numba.__version__.startswith(_LOADS_ALONE):
-            return super().load_overload(sig, target_context)
-        rtsys.initialize(target_context)
-        with self._guard_against_spurious_io_errors():
-            return self._load_overload(sig, target_context)

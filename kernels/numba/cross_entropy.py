@@ -41,7 +41,9 @@ FEW_ROWS = 16
 # all their cache lines at hand; FEW where a tile would not fit a core's L2 cache.
 WIDE, APART, FEW = 1024, 64, 16
 TILES, TILE_BYTES, L2_BYTES = 64, 3 << 16, 1 << 19
-GRAIN = 16_384
+# Numbers a thread, below which a second one does not pay: some 50 µs of work. A region waits for
+# the last of its threads, and where another process has that one's core, for milliseconds.
+GRAIN = 32_768
 
 
 class _Call(NamedTuple):
@@ -116,6 +118,7 @@ def _launcher(loop: Region, *dtypes: torch.dtype | None) -> Launcher:
     compute = "float64" if dtypes[0] == torch.float64 else "float32"
     widths = [compute] * 5 + ["float64", compute, "float64", "float64"]
     slots = [optional_pointer(d, k, w) for k, (d, w) in enumerate(zip(dtypes, widths, strict=True))]
+    slots.append(pointer("int64", 19))  # whether a class index was bad
     scratch = [pointer(compute, k, compute) for k in range(9, 14)]
     scratch += [pointer("float64", k, "float64") for k in range(14, 19)]
     double, number = types.float64, getattr(types, compute)
@@ -126,7 +129,7 @@ def _launcher(loop: Region, *dtypes: torch.dtype | None) -> Launcher:
         return Launcher(loop, *slots, double, scratch[0], exps, *lines, *last)
     del slots[2]
     last = (double, double, double, number, *[types.intp] * 12)
-    return Launcher(loop, *slots, double, *scratch, *last)
+    return Launcher(loop, *slots, double, pointer("int64", 2), *scratch, *last)
 
 
 def _in_place(input: torch.dtype | None, grad: torch.dtype | None) -> bool:
@@ -146,6 +149,9 @@ def _run(
 
     The gradient is scale * upstream[position] times the derivative of a position's loss,
     or scale times it without upstream; loss is the sum of the losses over the denominator.
+
+    Raises:
+        IndexError: a class index was out of range when it was used.
     """
     x = call.axis
     rows = x.outer * x.inner
@@ -159,48 +165,62 @@ def _run(
     ends = 0 if loss is None else 8 * apart.py_func(rows)
     if loss is not None:  # the positions' losses are only on the way to it
         dtypes[5] = torch.float64
-    parts = min(parts_for(rows * x.classes, GRAIN), max(rows, 1))
+    by_row = x.class_stride == 1 and (
+        x.classes >= LONG_ROW[call.input.itemsize] or call.target is None
+    )
+    shared = by_row and rows < FEW_ROWS and x.classes > 2 * SEGMENT
+    pieces = max(rows * -(-x.classes // SEGMENT) if shared else rows, 1)
+    parts = min(parts_for(rows * x.classes, GRAIN), pieces)
     size = 8 if call.input.dtype == torch.float64 else 4
-    long = x.classes >= LONG_ROW[call.input.itemsize]
-    if x.class_stride == 1 and (long or call.target is None):
+    if by_row:
         t = x if call.probability is None else _axis(call.probability)
         loop, lines, each, copies = softmax_rows, 3, parts * GROUP, parts
-        if rows < FEW_ROWS and x.classes > 2 * SEGMENT:
-            parts = rows * -(-x.classes // SEGMENT)
-            loop, lines, each, copies = softmax_long, 4, parts, rows
+        if shared:
+            loop, lines, each, copies = softmax_long, 4, pieces, rows
         in_place = _in_place(dtypes[0], dtypes[6])
         blocks, row = (apart.py_func(n) for n in (-(-x.classes // BLOCK), x.classes))
         kept = copies * (blocks + (not in_place) * row) * size
-        start, held = memory.scratch(ends + 8 * lines * each + kept)
+        bad, held = memory.scratch(LINE + ends + 8 * lines * each + kept)
+        start = bad + LINE
         addresses[5] = addresses[5] if loss is None else start
         sums = range(start + ends, start + ends + 8 * lines * each, 8 * each)
         shifts = start + ends + 8 * lines * each
         exps = None if in_place else shifts + copies * blocks * size
-        _launcher(loop, *dtypes)(
-            parts, *addresses, divisor, shifts, exps, *sums, call.hard, scale, 0.0,
+        good = _launcher(loop, *dtypes)(
+            parts, *addresses, bad, divisor, shifts, exps, *sums, call.hard, scale, 0.0,
             call.ignore_index, x.classes, x.inner, rows, x.outer_stride, x.inner_stride,
             t.outer_stride, t.inner_stride,
         )  # fmt: skip
         del held
+        if not good:
+            raise _out_of_bounds(call)
         return
     width, pitch = _tile(x, size)
     line = parts * pitch
-    start, held = memory.scratch(ends + line * ((x.classes + 4) * size + 5 * 8))
+    bad, held = memory.scratch(LINE + ends + line * ((x.classes + 4) * size + 6 * 8))
+    start = bad + LINE
     addresses[5] = addresses[5] if loss is None else start
     start += ends
-    numbers = start + line * 5 * 8  # the float64 ones come first, for their alignment
+    numbers = start + line * 6 * 8  # those of eight bytes come first, for their alignment
     first = numbers + line * x.classes * size
     columns = [numbers, *range(first, first + 4 * line * size, line * size)]
-    columns += range(start, start + 5 * line * 8, line * 8)
+    columns += range(start + line * 8, start + 6 * line * 8, line * 8)
     mass = 0.0 if call.smooth is None else float(call.smooth.sum(dtype=torch.float64))
     g = dense_axis(x)
     del addresses[2]
-    _launcher(softmax_tiles, *dtypes)(
-        parts, *addresses, divisor, *columns, call.hard, mass, scale, 0.0, call.ignore_index,
-        x.classes, x.inner, rows, x.outer_stride, x.inner_stride, x.class_stride,
-        g.outer_stride, g.inner_stride, g.class_stride, width, pitch,
+    good = _launcher(softmax_tiles, *dtypes)(
+        parts, *addresses, bad, divisor, start, *columns, call.hard, mass, scale, 0.0,
+        call.ignore_index, x.classes, x.inner, rows, x.outer_stride, x.inner_stride,
+        x.class_stride, g.outer_stride, g.inner_stride, g.class_stride, width, pitch,
     )  # fmt: skip
     del held
+    if not good:
+        raise _out_of_bounds(call)
+
+
+def _out_of_bounds(call: _Call) -> IndexError:
+    assert call.target is not None
+    return out_of_bounds(call.target, call.axis.classes, call.ignore_index)
 
 
 def _tile(x: ClassAxis, size: int) -> tuple[int, int]:
@@ -230,7 +250,7 @@ def forward(
     call = _prepare(options, tensors)
     if options.reduction == "none":
         shape = call.input.shape[:1] + call.input.shape[2:] if call.input.dim() > 1 else ()
-        losses = call.input.new_empty(shape, dtype=options.dtype)
+        losses = memory.empty(tuple(shape), options.dtype)
         _run(call, losses, None, None, None, 1.0)
         return losses, None, ()
     loss = torch.empty((), dtype=options.dtype, device="cpu")

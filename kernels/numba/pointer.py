@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import NativeValue, intrinsic, models, register_model, unbox
 
-SLOTS = 19
+SLOTS = 20
 _BYTE = ir.IntType(8)
 _IR = {
     "float64": ir.DoubleType(),
@@ -58,6 +58,11 @@ class Rows(types.Type):
     def __init__(self, record: type) -> None:
         self.record = record
         super().__init__(f"Rows({record.__module__}.{record.__qualname__})")
+
+    @property
+    def key(self) -> Any:
+        """By the class itself, as a notebook may define another one of the same name."""
+        return self.record
 
 
 @register_model(Pointer)

@@ -27,26 +27,39 @@ from ..operation import Operation
 from . import vocabulary
 from .compiler import FUNCTION_OPTIONS, inlined
 from .pointer import AddressModel, unbox_address
+from .reach import body_of
 
 __all__ = ["RecordType", "Values", "read_record", "value_and_slopes"]
 
 
-class RecordType(types.Type):
-    """A record of `operation` with these flags, its numbers of type `compute`."""
+class _OfRecord(types.Type):
+    """A type that belongs to a record's class and the flags of a record."""
 
-    def __init__(self, operation: type[Operation], compute: types.Type, flags: tuple[bool, ...]):
-        self.operation, self.compute, self.flags = operation, compute, flags
-        name = f"{operation.__module__}.{operation.__qualname__}"
-        super().__init__(f"Record({name}, {compute}, {flags}, {operation.key})")
+    def __init__(self, words: str, record: type[Operation], flags: tuple[bool, ...]) -> None:
+        self.record, self.flags = record, flags
+        super().__init__(f"{words} of {record.__module__}.{record.__qualname__}, {flags}")
+
+    @property
+    def key(self) -> Any:
+        """A notebook may have several classes of one name."""
+        return self.name, self.record
 
 
-class Values(types.Type):
+class RecordType(_OfRecord):
+    """A record, its numbers of type `compute`."""
+
+    def __init__(
+        self, record: type[Operation], flags: tuple[bool, ...], compute: types.Type
+    ) -> None:
+        self.compute = compute
+        super().__init__(f"Record in {compute}", record, flags)
+
+
+class Values(_OfRecord):
     """The address of a record's numbers, float64 ones in their order."""
 
-    def __init__(self, operation: type[Operation], flags: tuple[bool, ...]) -> None:
-        self.operation, self.flags = operation, flags
-        name = f"{operation.__module__}.{operation.__qualname__}"
-        super().__init__(f"Values({name}, {flags}, {operation.key})")
+    def __init__(self, record: type[Operation], flags: tuple[bool, ...]) -> None:
+        super().__init__("Values", record, flags)
 
 
 register_model(Values)(AddressModel)
@@ -56,7 +69,7 @@ unbox(Values)(unbox_address)
 @register_model(RecordType)
 class _RecordModel(models.StructModel):
     def __init__(self, dmm: Any, fe_type: RecordType) -> None:
-        members = [(name, fe_type.compute) for name in fe_type.operation.numbers]
+        members = [(name, fe_type.compute) for name in fe_type.record.numbers]
         super().__init__(dmm, fe_type, members)
 
 
@@ -65,28 +78,28 @@ class _RecordAttribute(AttributeTemplate):
     key = RecordType
 
     def generic_resolve(self, typ: RecordType, attribute: str) -> Any:
-        if attribute in typ.operation.numbers:
+        if attribute in typ.record.numbers:
             return typ.compute
-        return types.boolean if attribute in typ.operation.flags else None
+        return types.boolean if attribute in typ.record.flags else None
 
 
 @lower_getattr_generic(RecordType)
 def _get(context: Any, builder: Any, typ: RecordType, value: Any, attribute: str) -> Any:
-    if attribute in typ.operation.flags:
-        flag = typ.flags[typ.operation.flags.index(attribute)]
+    if attribute in typ.record.flags:
+        flag = typ.flags[typ.record.flags.index(attribute)]
         return context.get_constant(types.boolean, flag)
-    return builder.extract_value(value, typ.operation.numbers.index(attribute))
+    return builder.extract_value(value, typ.record.numbers.index(attribute))
 
 
 @intrinsic
 def read_record(typingctx: Any, values: Any, like: Any) -> Any:
     """The record whose numbers are at an address, in the dtype of the number `like`."""
-    record = RecordType(values.operation, like, values.flags)
+    record = RecordType(values.record, values.flags, like)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         base = builder.bitcast(args[0], ir.DoubleType().as_pointer())
         result = ir.Constant(context.get_value_type(record), ir.Undefined)
-        for k in range(len(values.operation.numbers)):
+        for k in range(len(values.record.numbers)):
             number = builder.load(builder.gep(base, [ir.Constant(ir.IntType(64), k)]))
             number = context.cast(builder, number, types.float64, like)
             result = builder.insert_value(result, number, k)
@@ -100,9 +113,12 @@ def value_and_slopes(record: Any, *operands: Any) -> Any:
     raise NotImplementedError
 
 
+body_of[value_and_slopes] = lambda record: getattr(record, "value_and_slopes", None)
+
+
 @overload(value_and_slopes, strict=False, jit_options=FUNCTION_OPTIONS)
 def _value_and_slopes(record: Any, *operands: Any) -> Any:
     if not isinstance(record, RecordType):
         return None
     number: Any = np.float64 if record.compute == types.float64 else np.float32
-    return translate(record.operation.value_and_slopes, vocabulary, inlined, number)
+    return translate(record.record.value_and_slopes, vocabulary, inlined, number)

@@ -7,7 +7,24 @@ from typing import Any
 import numpy as np
 
 from .compiler import inlined, kernel
-from .pointer import load
+from .pointer import load, store
+
+
+@inlined
+def read_label(target: Any, r: int, ignore_index: int, classes: int, bad: Any) -> int:
+    """A position's class index, -1 if it is ignored.
+
+    Another thread may write to the class indices while a kernel runs. So what was found right
+    before may no longer be: each is checked where it is read, and read once for all its uses.
+    One out of range is ignored, and noted in `bad`.
+    """
+    label: int = load(target, r)
+    if label == ignore_index:
+        return -1
+    if label < 0 or label >= classes:
+        store(bad, 0, 1)
+        return -1
+    return label
 
 
 @inlined
@@ -53,6 +70,6 @@ def check_targets(
         total = 0.0
         for r in range(count):
             label = load(target, r)
-            if label != ignore_index:
+            if label != ignore_index and 0 <= label < classes:
                 total += np.float64(load(weight, label))
     return bad == 0, total

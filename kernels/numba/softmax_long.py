@@ -1,8 +1,8 @@
 """Cross-entropy over few long rows whose classes lie side by side: threads share a row.
 
-Every row is cut into segments, whatever the number of threads, so that the result is the same
-to the bit for any. Each segment's statistics, then those of the rows, then each segment's part
-of the gradient.
+Every row is cut into segments, whatever the number of threads that share them, so that the result
+is the same to the bit for any. Each segment's statistics, then those of the rows, then each
+segment's part of the gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numba import prange
 from .compiler import inlined, kernel, region
 from .pointer import load, store
 from .reduction import sum_all
-from .softmax import chosen_coefficients, chosen_gradient, chosen_loss
+from .softmax import chosen_coefficients, chosen_gradient, chosen_loss, read_label
 from .softmax_rows import (
     BLOCK,
     row_coefficients,
@@ -57,41 +57,45 @@ def combine(
 @region
 def softmax_long(
     parts: int, x: Any, target: Any, probability: Any, weight: Any, smooth: Any, losses: Any,
-    grad: Any, upstream: Any, loss: Any, divisor: float, shifts: Any, exps: Any, tops: Any,
-    totals: Any, masses: Any, dots: Any, hard: float, scale: float, zero: Any, ignore_index: int,
-    classes: int, inner: int, rows: int, x_outer: int, x_inner: int, t_outer: int, t_inner: int,
-) -> None:  # fmt: skip
-    """Arguments: see cross_entropy._run. parts is the number of all segments.
+    grad: Any, upstream: Any, loss: Any, bad: Any, divisor: float, shifts: Any, exps: Any,
+    tops: Any, totals: Any, masses: Any, dots: Any, hard: float, scale: float, zero: Any,
+    ignore_index: int, classes: int, inner: int, rows: int, x_outer: int, x_inner: int,
+    t_outer: int, t_inner: int,
+) -> bool:  # fmt: skip
+    """Arguments: see cross_entropy._run. Whether all class indices were in range.
 
     Scratch memory: shifts, for every block; exps, for every class, or None if the gradient's own
     memory can hold them; tops, totals, masses and dots, for every segment.
     """
-    blocks, segments = (classes + BLOCK - 1) // BLOCK, parts // rows
+    blocks, segments = (classes + BLOCK - 1) // BLOCK, (classes + SEGMENT - 1) // SEGMENT
+    pieces = rows * segments
+    store(bad, 0, 0)
     for part in prange(parts):
-        r, begin = part // segments, part % segments * SEGMENT
-        end = min(begin + SEGMENT, classes)
-        row = r // inner * x_outer + r % inner * x_inner
-        base = r // inner * t_outer + r % inner * t_inner
-        at, first = r * classes, r * blocks
-        if exps is None:
-            top, total = softmax_statistics(x, row, begin, end, zero, grad, at, shifts, first)
-        else:
-            top, total = softmax_statistics(x, row, begin, end, zero, exps, at, shifts, first)
-        mass, dot = row_coefficients(
-            x, row, probability, weight, smooth, base, begin, end, reference(top)
-        )  # fmt: skip
-        store(tops, part, np.float64(top))
-        store(totals, part, total)
-        store(masses, part, mass)
-        store(dots, part, dot)
+        for piece in range(part * pieces // parts, (part + 1) * pieces // parts):
+            r, begin = piece // segments, piece % segments * SEGMENT
+            end = min(begin + SEGMENT, classes)
+            row = r // inner * x_outer + r % inner * x_inner
+            base = r // inner * t_outer + r % inner * t_inner
+            at, first = r * classes, r * blocks
+            if exps is None:
+                top, total = softmax_statistics(x, row, begin, end, zero, grad, at, shifts, first)
+            else:
+                top, total = softmax_statistics(x, row, begin, end, zero, exps, at, shifts, first)
+            mass, dot = row_coefficients(
+                x, row, probability, weight, smooth, base, begin, end, reference(top)
+            )  # fmt: skip
+            store(tops, piece, np.float64(top))
+            store(totals, piece, total)
+            store(masses, piece, mass)
+            store(dots, piece, dot)
     for r in range(rows):
         s = r * segments
         top, total, mass, dot = combine(s, segments, tops, totals, masses, dots)
         row, at = r // inner * x_outer + r % inner * x_inner, r * classes
         label, counts = 0, True
         if target is not None:
-            label = load(target, r)
-            counts = label != ignore_index
+            label = read_label(target, r, ignore_index, classes, bad)
+            counts = label >= 0
         value, share, label_smooth, factor, g = 0.0, 0.0, 0.0, 0.0, 0.0
         if counts:
             log_total = log(total)
@@ -115,22 +119,25 @@ def softmax_long(
         store(dots, s, g)
     if grad is not None:
         for part in prange(parts):
-            r, begin = part // segments, part % segments * SEGMENT
-            end = min(begin + SEGMENT, classes)
-            base, at = r // inner * t_outer + r % inner * t_inner, r * classes
-            s = r * segments
-            label, counts = -1, True
-            if target is not None:
-                label = load(target, r)
-                counts = label != ignore_index
-            if counts:
-                row_gradient(
-                    exps, at, shifts, r * blocks, probability, weight, smooth, base, grad, at,
-                    begin, end, load(tops, s), load(totals, s), cast(load(masses, s), zero),
-                )  # fmt: skip
-                if begin <= label < end:
-                    store(grad, at + label, cast(load(dots, s), zero))
-            else:
-                skip_row(grad, at + begin, end - begin, zero)
+            for piece in range(part * pieces // parts, (part + 1) * pieces // parts):
+                r, begin = piece // segments, piece % segments * SEGMENT
+                end = min(begin + SEGMENT, classes)
+                base, at = r // inner * t_outer + r % inner * t_inner, r * classes
+                s = r * segments
+                label, counts = -1, True
+                if target is not None:
+                    label = read_label(target, r, ignore_index, classes, bad)
+                    counts = label >= 0
+                if counts:
+                    row_gradient(
+                        exps, at, shifts, r * blocks, probability, weight, smooth, base, grad, at,
+                        begin, end, load(tops, s), load(totals, s), cast(load(masses, s), zero),
+                    )  # fmt: skip
+                    if begin <= label < end:
+                        store(grad, at + label, cast(load(dots, s), zero))
+                else:
+                    skip_row(grad, at + begin, end - begin, zero)
     if loss is not None:
         store(loss, 0, sum_all(losses, rows) / divisor)
+    good: bool = load(bad, 0) == 0
+    return good

@@ -17,7 +17,7 @@ from numba import prange
 from .compiler import inlined, kernel, region, summing_kernel
 from .pointer import from_bits, load, load_bits, per_line, prefetch, store
 from .reduction import sum_all
-from .softmax import chosen_coefficients, chosen_gradient, chosen_loss
+from .softmax import chosen_coefficients, chosen_gradient, chosen_loss, read_label
 from .vector_math import cast, exp, log
 
 BLOCK = 2048
@@ -195,16 +195,17 @@ def losses_of(
 @region
 def softmax_rows(
     parts: int, x: Any, target: Any, probability: Any, weight: Any, smooth: Any, losses: Any,
-    grad: Any, upstream: Any, loss: Any, divisor: float, shifts: Any, exps: Any, plain: Any,
-    masses: Any, totals: Any, hard: float, scale: float, zero: Any, ignore_index: int,
+    grad: Any, upstream: Any, loss: Any, bad: Any, divisor: float, shifts: Any, exps: Any,
+    plain: Any, masses: Any, totals: Any, hard: float, scale: float, zero: Any, ignore_index: int,
     classes: int, inner: int, rows: int, x_outer: int, x_inner: int, t_outer: int, t_inner: int,
-) -> None:  # fmt: skip
-    """Arguments: see cross_entropy._run.
+) -> bool:  # fmt: skip
+    """Arguments: see cross_entropy._run. Whether all class indices were in range.
 
     Scratch memory: shifts, the number of its blocks a part, and exps, a row a part, or None if
     the gradient's own memory can hold them, both `apart`; plain, masses and totals, GROUP a part.
     """
     blocks = (classes + BLOCK - 1) // BLOCK
+    store(bad, 0, 0)
     for part in prange(parts):
         first, kept = part * apart(blocks), part * apart(classes)
         end, group = (part + 1) * rows // parts, part * GROUP
@@ -214,8 +215,8 @@ def softmax_rows(
             base = r // inner * t_outer + r % inner * t_inner
             label, counts = 0, True
             if target is not None:
-                label = load(target, r)
-                counts = label != ignore_index
+                label = read_label(target, r, ignore_index, classes, bad)
+                counts = label >= 0
             value, mass, total = 0.0, 0.0, 1.0
             if counts:
                 if exps is None:
@@ -264,3 +265,5 @@ def softmax_rows(
                     losses_of(losses, r - j, j + 1, plain, masses, totals, group)
     if loss is not None:
         store(loss, 0, sum_all(losses, rows) / divisor)
+    good: bool = load(bad, 0) == 0
+    return good

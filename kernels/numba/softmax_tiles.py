@@ -15,7 +15,7 @@ from numba import prange
 from .compiler import kernel, region
 from .pointer import SIDE, load, store, turn
 from .reduction import sum_all
-from .softmax import chosen_coefficients, chosen_gradient, chosen_loss
+from .softmax import chosen_coefficients, chosen_gradient, chosen_loss, read_label
 from .vector_math import cast, exp, log
 
 # Classes that are summed in the compute dtype.
@@ -122,18 +122,20 @@ def copy_out(
 def choose_labels(
     x: Any, start: int, class_stride: int, stride: int, tile: Any, at: int, pitch: int,
     target: Any, r: int, weight: Any, smooth: Any, hard: float, mass: float, ignore_index: int,
-    count: int, chosen: Any, exps: Any, shares: Any, masses: Any, smooths: Any, t: int,
+    bad: Any, count: int, classes: int, labels: Any, chosen: Any, exps: Any, shares: Any,
+    masses: Any, smooths: Any, t: int,
 ) -> bool:  # fmt: skip
     """What belongs to each position's class index; False if some position is ignored.
 
-    chosen gets its logit, exps its exponential, shares and masses its coefficients, smooths its
-    part of `smooth`; ignored positions have zeros.
+    labels gets it, or -1, chosen its logit, exps its exponential, shares and masses its
+    coefficients, smooths its part of `smooth`; ignored positions have zeros.
     """
     complete = True
     for j in range(count):
-        label = load(target, r + j)
+        label = read_label(target, r + j, ignore_index, classes, bad)
+        store(labels, t + j, label)
         share, row_mass = hard, mass
-        if label == ignore_index:
+        if label < 0:
             complete = False
             label, share, row_mass = 0, 0.0, 0.0
         share, label_smooth = chosen_coefficients(label, share, weight, smooth)
@@ -185,13 +187,13 @@ def factors_of(
 
 @kernel
 def write_labels(
-    grad: Any, start: int, class_stride: int, stride: int, target: Any, r: int, count: int,
-    classes: int, chosen: Any, t: int, ignore_index: int, zero: Any,
+    grad: Any, start: int, class_stride: int, stride: int, count: int, classes: int, labels: Any,
+    chosen: Any, t: int, zero: Any,
 ) -> None:  # fmt: skip
     """Write the gradients at the class indices, and exact zeros where a position is ignored."""
     for j in range(count):
-        label = load(target, r + j)
-        if label != ignore_index:
+        label = load(labels, t + j)
+        if label >= 0:
             place = start + j * stride + label * class_stride
             store(grad, place, cast(load(chosen, t + j), zero))
         else:
@@ -202,19 +204,21 @@ def write_labels(
 @region
 def softmax_tiles(
     parts: int, x: Any, target: Any, weight: Any, smooth: Any, losses: Any, grad: Any,
-    upstream: Any, loss: Any, divisor: float, tile: Any, tops: Any, sums: Any, chosen: Any,
-    exps: Any, totals: Any, dots: Any, shares: Any, masses: Any, smooths: Any, hard: float,
-    mass: float, scale: float, zero: Any, ignore_index: int, classes: int, inner: int, rows: int,
-    x_outer: int, x_inner: int, x_class: int, g_outer: int, g_inner: int, g_class: int,
-    width: int, pitch: int,
-) -> None:  # fmt: skip
+    upstream: Any, loss: Any, bad: Any, divisor: float, labels: Any, tile: Any, tops: Any,
+    sums: Any, chosen: Any, exps: Any, totals: Any, dots: Any, shares: Any, masses: Any,
+    smooths: Any, hard: float, mass: float, scale: float, zero: Any, ignore_index: int,
+    classes: int, inner: int, rows: int, x_outer: int, x_inner: int, x_class: int, g_outer: int,
+    g_inner: int, g_class: int, width: int, pitch: int,
+) -> bool:  # fmt: skip
     """Arguments: see cross_entropy._run. mass is the sum over `smooth`.
 
-    tile, tops, sums, chosen, exps, totals, dots, shares, masses and smooths are scratch memory,
-    `pitch` numbers a part (tile: a part and class), of which `width` are used.
+    Whether all class indices were in range. labels, tile, tops, sums, chosen, exps, totals, dots,
+    shares, masses and smooths are scratch memory, `pitch` numbers a part (tile: a part and class),
+    of which `width` are used.
     """
     per_outer = (inner + width - 1) // width
     tiles = rows // inner * per_outer
+    store(bad, 0, 0)
     for part in prange(parts):
         at, t = part * pitch * classes, part * pitch
         for number in range(part * tiles // parts, (part + 1) * tiles // parts):
@@ -228,7 +232,8 @@ def softmax_tiles(
             column_sums(tile, at, pitch, count, classes, tops, sums, totals, dots, t, smooth)
             complete = choose_labels(
                 x, start, x_class, x_inner, tile, at, pitch, target, r, weight, smooth, hard,
-                mass, ignore_index, count, chosen, exps, shares, masses, smooths, t,
+                mass, ignore_index, bad, count, classes, labels, chosen, exps, shares, masses,
+                smooths, t,
             )  # fmt: skip
             if losses is not None:
                 losses_of(
@@ -236,7 +241,7 @@ def softmax_tiles(
                 )  # fmt: skip
                 if not complete:
                     for j in range(count):
-                        if load(target, r + j) == ignore_index:
+                        if load(labels, t + j) < 0:
                             store(losses, r + j, 0.0)
             if grad is not None:
                 factors_of(
@@ -248,8 +253,9 @@ def softmax_tiles(
                     t, smooth,
                 )  # fmt: skip
                 write_labels(
-                    grad, g_start, g_class, g_inner, target, r, count, classes, totals, t,
-                    ignore_index, zero,
+                    grad, g_start, g_class, g_inner, count, classes, labels, totals, t, zero
                 )  # fmt: skip
     if loss is not None:
         store(loss, 0, sum_all(losses, rows) / divisor)
+    good: bool = load(bad, 0) == 0
+    return good

@@ -38,7 +38,10 @@ def loss(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> torch.Te
 def out_of_bounds(target: torch.Tensor, classes: int, ignore_index: int) -> IndexError:
     """Torch's error for a class index out of range, and where it is and what would be right."""
     bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
-    index = tuple(bad.nonzero()[0].tolist())
+    found = bad.nonzero()
+    if not len(found):  # another thread has put it right since
+        return IndexError("A target was out of bounds, and is no longer")
+    index = tuple(found[0].tolist())
     return IndexError(
         f"Target {target[index].item()} is out of bounds. It is target{list(index)}; allowed are "
         f"0 to {classes - 1} ({classes} classes) and ignore_index={ignore_index}"

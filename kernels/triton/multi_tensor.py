@@ -27,17 +27,23 @@ from .device_table import DeviceTable, capturing, current_stream
 from .formulas import CONSTANTS, UPDATE, unchanged
 from .updates import ALIGNED, COUNT, FIRST, derive, update_blocks
 
-THREADS = 128
 #: Steps that may be captured in CUDA graphs before one that isn't.
 CAPTURES = 8
+_CAPTURED_TOO_EARLY = (
+    "an optimizer's first step, or its first after parameters, states or options changed or with "
+    "other gradients, can't be captured in a CUDA graph: take a step before the capture"
+)
 
 
-def block_size(dtype: torch.dtype) -> int:
-    """8 elements a thread: one or two 16-byte loads of each of up to five tensors under way.
+def block_shape(dtype: torch.dtype) -> tuple[int, int]:
+    """Elements and threads of a program.
 
-    Of float64, whose numbers take two registers each, half as many.
+    8 elements a thread: one or two 16-byte loads of each of up to five tensors under way. Of
+    float64 2, one such load: a number takes two registers there, and division and root are
+    functions that are called. With 4, or with 2 in 128 threads, some of the Tritons from 3.6 to
+    3.9 keep registers on the stack around the calls (tests/test_compiled_ahead.py).
     """
-    return THREADS * (4 if dtype == torch.float64 else 8)
+    return (512, 256) if dtype == torch.float64 else (1024, 128)
 
 
 class Update:
@@ -53,14 +59,13 @@ class Update:
         """dtypes: of the slots and of the gradients; step: of the counters."""
         self._tables = tables
         self._step = None if step is None else TYPES[step]
-        self._counters: list[Any] = []  # those on the host
+        self._number: Any = None  # what the counters are, if they are on the host
         if step is not None and not tables.counted_on_device:
-            number = ctypes.c_double if step == torch.float64 else ctypes.c_float
-            self._counters = list(map(number.from_address, tables.addresses[-1].tolist()))
+            self._number = ctypes.c_double if step == torch.float64 else ctypes.c_float
         self._dtypes = tuple(None if d is None else TYPES[d] for d in dtypes)
         self._used = [k for k, d in enumerate(dtypes) if d is not None]
         self._compute = compute_dtype(dtypes[0])  # type: ignore[arg-type]
-        self._block = block_size(dtypes[0])  # type: ignore[arg-type]
+        self._block, self._threads = block_shape(dtypes[0])  # type: ignore[arg-type]
         self._update = UPDATE[record]
         self._constants_of, self._fields = CONSTANTS.get(record, (unchanged, len(record._fields)))
         # Every line of addresses, and for each tensor how many elements it has, its first block,
@@ -72,21 +77,28 @@ class Update:
     def _bind(self) -> None:
         """Make the tables on the device. Memory belongs to the stream that it is taken on."""
         t = self._tables
+        self._count_blocks()
+        # Gradients and hyperparameters may be others in a captured step than before.
+        self._table, self._hypers = (
+            DeviceTable(host, t.device, CAPTURES) for host in (self._lines, t.hypers)
+        )
+        self._row_of, self._behind = (
+            DeviceTable(host, t.device) for host in (t.row_of, np.zeros(len(t.row_of)))
+        )
+        self._constants = self._empty_constants()
+        self._stream = current_stream(t.device)
+
+    def _count_blocks(self) -> None:
+        """Write down which program has which block; tensors without a gradient have none."""
+        t = self._tables
+        self._offsets = t.offsets.copy()
         sizes = np.diff(t.offsets)
         blocks = -(-sizes // self._block)
         self._blocks = int(blocks.sum())
         self._lines[len(t.addresses) + COUNT] = sizes
         self._lines[len(t.addresses) + FIRST] = np.cumsum(blocks) - blocks
         tensor_of = np.repeat(np.arange(len(blocks), dtype=np.int32), blocks)
-        # Gradients and hyperparameters may be others in a captured step than before.
-        self._table, self._hypers = (
-            DeviceTable(host, t.device, CAPTURES) for host in (self._lines, t.hypers)
-        )
-        self._tensor_of, self._row_of, self._behind = (
-            DeviceTable(host, t.device) for host in (tensor_of, t.row_of, np.zeros(len(blocks)))
-        )
-        self._constants = self._empty_constants()
-        self._stream = current_stream(t.device)
+        self._tensor_of = DeviceTable(tensor_of, t.device)
 
     def _empty_constants(self) -> torch.Tensor:
         shape = (self._fields, len(self._tables.row_of))
@@ -101,6 +113,10 @@ class Update:
         elif current_stream(t.device) != self._stream:
             self._bind()
             constants = self._constants
+        if not np.array_equal(self._offsets, t.offsets):
+            if captured:
+                raise RuntimeError(_CAPTURED_TOO_EARLY)
+            self._count_blocks()
         addresses = len(t.addresses)
         self._lines[:addresses] = t.addresses
         aligned = np.bitwise_or.reduce(t.addresses[self._used]) % 16 == 0
@@ -112,14 +128,19 @@ class Update:
         table = self._table.current()
         self._derive(table, constants, found_inf, captured)
         launch(
-            update_blocks, (self._blocks,), t.device, THREADS, table,
+            update_blocks, (self._blocks,), t.device, self._threads, table,
             self._tensor_of.current(), constants, len(t.row_of), grad_scale, found_inf,
             DTYPES=self._dtypes, USES=self._dtypes[1:-1], FORMULA=self._update, FIELDS=self._fields,
             COMPUTE=TYPES[self._compute], BLOCK=self._block,
         )  # fmt: skip
-        if self._counters and (found_inf is None or found_inf.item() == 0):
-            for counter in self._counters:
+        if self._number and (found_inf is None or found_inf.item() == 0):
+            for counter in self._counters():
                 counter.value += 1.0
+
+    def _counters(self) -> list[Any]:
+        """The step counters on the host, of those tensors that have a gradient."""
+        counters = self._tables.addresses[-1]
+        return list(map(self._number.from_address, counters[counters != 0].tolist()))
 
     def _derive(
         self,
@@ -134,9 +155,9 @@ class Update:
         if self._step is not None and t.counted_on_device:
             steps = table[len(self._dtypes)]
         elif self._per_step:
-            counts = np.array([counter.value for counter in self._counters])
+            counts = np.array([counter.value for counter in self._counters()])
             step = float(counts.max()) + 1.0
-            self._behind.host[:] = counts.max() - counts
+            self._behind.host[t.addresses[-1] != 0] = counts.max() - counts
             behind = self._behind.current()
         uploads, hypers = self._hypers.uploads, self._hypers.current()
         for row, field, value in t.traced:
@@ -164,18 +185,15 @@ def launcher(
         RuntimeError: a CUDA graph is being captured; tables and states have to be there before.
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "an optimizer's first step, or its first after parameters, states or options changed, "
-            "can't be captured in a CUDA graph: take a step before the capture"
-        )
+        raise RuntimeError(_CAPTURED_TOO_EARLY)
     return functools.partial(Update, record, (*slots, grad), step)
 
 
 def describe_step(param: torch.dtype, sizes: list[int]) -> str:
     """How a bucket runs, in words."""
-    block = block_size(param)
+    block, threads = block_shape(param)
     programs = sum(-(-size // block) for size in sizes)
     return (
         f"{len(sizes):,} tensors in one launch of {programs:,} programs, {block} elements and "
-        f"{THREADS} threads each"
+        f"{threads} threads each"
     )

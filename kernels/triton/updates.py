@@ -41,12 +41,14 @@ def derive(
     for k in tl.static_range(FIELDS):
         values = values + (tl.load(hypers + row * FIELDS + k),)
     if steps is not None:
-        counter = tl.load(steps + tensor, mask=inside, other=0).to(tl.pointer_type(STEP))
-        count = tl.load(counter, mask=inside, other=0.0)
+        address = tl.load(steps + tensor, mask=inside, other=0)
+        counter = address.to(tl.pointer_type(STEP))
+        there = inside & (address != 0)  # else it has no gradient
+        count = tl.load(counter, mask=there, other=0.0)
         done = count + 1
         if found_inf is not None:
             done = tl.where(tl.load(found_inf) == 0, done, count)
-        tl.store(counter, done, mask=inside)
+        tl.store(counter, done, mask=there)
         now = count.to(tl.float64) + 1
     elif behind is not None:
         now = tl.cast(step, tl.float64) - tl.load(behind + tensor, mask=inside, other=0.0)

@@ -1,0 +1,196 @@
+"""The parameters of one kind, updated by one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kernels.tables import Launch, Tables, Traced
+from ._kinds import Kind
+from ._proof import increment_versions
+from ._shards import cuts, local, locals_of
+from ._sort import Share
+
+if TYPE_CHECKING:
+    from ._planned import PlannedStep
+
+_CPU = torch.device("cpu")
+
+
+def picker(places: Sequence[int], count: int) -> Callable[[list[Any]], list[Any]]:
+    """A function that takes the items at some places out of a list of so many."""
+    if list(places) == list(range(count)):
+        return lambda items: items
+    if len(places) == 1:
+        (place,) = places
+        return lambda items: [items[place]]
+    pick = itemgetter(*places)
+    return lambda items: list(pick(items))
+
+
+def param_at(optimizer: PlannedStep, place: int) -> Tensor:
+    """The parameter at a place among those of all groups."""
+    params: Iterator[Tensor] = chain.from_iterable(g["params"] for g in optimizer.param_groups)
+    return next(islice(params, place, None))
+
+
+def active(optimizer: PlannedStep, kind: Kind) -> list[str]:
+    """The states made of elements that a kind of parameters has."""
+    slots = zip(optimizer._slots, kind.slots, strict=True)
+    return [name for name, dtype in slots if dtype is not None]
+
+
+class Bucket:
+    """See the module. Between two steps it keeps no tensor, but knows where to find each.
+
+    Attributes:
+        places: of its parameters among all of the optimizer's.
+        names: of their states, the step counters last.
+        fresh: whether some states begin at this step, and with it a rule of their own.
+        written_cells, grad_cells: addresses of the entries that a launch takes addresses from.
+    """
+
+    def __init__(
+        self, optimizer: PlannedStep, share: Share, begun: set[int],
+        launcher: Callable[[Tables], Launch],
+    ) -> None:  # fmt: skip
+        self._kind, _, members = share
+        self.places = [m.place for m in members]
+        params = [local(m.param) for m in members]
+        self.names = active(optimizer, self._kind)
+        if self._kind.step is not None:
+            self.names.append("step")
+        begins = [id(m.param) in begun for m in members]
+        self._begun = [m.place for m, begin in zip(members, begins, strict=True) if begin]
+        self.fresh = any(begins)
+        groups = optimizer.param_groups
+        # Where torch rounds what depends on the step, each parameter has numbers of its own.
+        alone = [optimizer._rounds(group) for group in groups]
+        keys = [
+            (m.group, begin, m.place if alone[m.group] else -1)
+            for m, begin in zip(members, begins, strict=True)
+        ]
+        self._rows = sorted(set(keys))
+        # A step that a GradScaler skips must not count as a first one that has its own rule.
+        self._begins_differently = any(
+            begin and optimizer._hyper(groups[g], True) != optimizer._hyper(groups[g], False)
+            for g, begin, _ in self._rows
+        )
+        self._finders = list(map(itemgetter, self.names))
+        self._cuts: list[Any] | None = None
+        count = len(params)
+        self._sizes = np.array(list(map(Tensor.numel, params)), np.int64)
+        self._tables = Tables(
+            device=self._kind.device,
+            hypers=np.zeros((len(self._rows), len(optimizer._record._fields))),
+            traced=[],
+            row_of=np.array([self._rows.index(key) for key in keys], np.int64),
+            offsets=np.zeros(count + 1, np.int64),
+            addresses=np.zeros((len(optimizer._slots) + 3, count), np.int64),
+            counted_on_device=self._kind.counted_on_device,
+        )
+        lines = [0, *(optimizer._slots.index(n) + 1 if n != "step" else -1 for n in self.names)]
+        entries = np.arange(self._tables.addresses.size).reshape(self._tables.addresses.shape)
+        cells = self._tables.addresses.ctypes.data + 8 * entries
+        self.written_cells, self.grad_cells = cells[lines].ravel(), cells[-2]
+        self._some = self._all = True  # of the gradients are there
+        self._launch: Launch | None = None
+        self._launcher = launcher
+
+    def written(self, params: list[Tensor], states: list[Any]) -> list[Any]:
+        """All that a launch writes to.
+
+        Args:
+            params, states: its parameters, and the dicts of their states, as they are now.
+
+        Raises:
+            KeyError, TypeError: a state isn't there.
+        """
+        return params + list(chain.from_iterable([list(map(f, states)) for f in self._finders]))
+
+    def shards(self, written: list[Any], grads: list[Any]) -> tuple[list[Any], list[Any]] | None:
+        """What this process holds of DTensors; None if one is cut otherwise than at first.
+
+        Of other tensors: themselves.
+        """
+        if not self._kind.sharded:
+            return written, grads
+        count = len(self.places)
+        whole = len(written) - (count if self._kind.step is not None else 0)
+        try:
+            found = cuts(written[:whole])
+            if self._cuts is None:
+                self._cuts = found
+            if found != self._cuts or any(
+                g is not None and cuts([g]) != found[k : k + 1] for k, g in enumerate(grads)
+            ):
+                return None
+        except AttributeError:  # what is no DTensor has no such thing
+            return None
+        return locals_of(written[:whole]) + written[whole:], [
+            None if g is None else local(g) for g in grads
+        ]
+
+    def count_elements(self) -> None:
+        """Write down how many elements each parameter has in this step: none without a gradient."""
+        there = self._tables.addresses[-2] != 0
+        self._some, self._all = bool(there.any()), bool(there.all())
+        np.cumsum(np.where(there, self._sizes, 0), out=self._tables.offsets[1:])
+
+    def set_hypers(self, optimizer: PlannedStep) -> None:
+        """Write the groups' hyperparameters into the launch's table."""
+        table, traced, device = self._tables.hypers, self._tables.traced, self._tables.device
+        traced.clear()
+        for row, (place, begins, owner) in enumerate(self._rows):
+            group = optimizer.param_groups[place]
+            if owner < 0:
+                values = optimizer._hyper(group, begins)
+            else:
+                step = optimizer.state[param_at(optimizer, owner)]["step"].item() + 1
+                values = optimizer._rounded_hyper(group, step)
+            for field, value in enumerate(values):
+                if isinstance(value, Tensor) and value.device == device != _CPU:
+                    traced.append(Traced(row, field, value))  # to read it would make the host wait
+                    value = float("nan")  # so that a number that comes later is one that's new
+                table[row, field] = value.item() if isinstance(value, Tensor) else value
+
+    def forget_states(self, optimizer: PlannedStep, params: list[Tensor]) -> None:
+        """Undo the beginning of states whose first step, with its own rule, didn't happen."""
+        for place in self._begun:
+            optimizer.state.pop(params[place], None)
+
+    def run(
+        self, optimizer: PlannedStep, params: list[Tensor], grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Launch. params: all of the optimizer's."""
+        if self._begins_differently and found_inf is not None and found_inf.item():
+            self.forget_states(optimizer, params)
+        elif self._some:
+            if self._launch is None:
+                self._launch = self._launcher(self._tables)
+            self._launch(grad_scale, found_inf)
+        self._tables.traced.clear()
+
+    def increment_versions(self, written: list[Any], held: list[Any], grads: list[Any]) -> None:
+        """Tell autograd of what has been written, but for counters, which no graph can have saved.
+
+        Args:
+            written: DTensors or tensors; held: what this process holds of them.
+            grads: those whose parameters have been left alone are None.
+        """
+        count = len(self.places)
+        names = len(self.names) + 1 - (self._kind.step is not None)
+        changed = written[: names * count]
+        if self._kind.sharded:
+            changed = changed + held[: names * count]
+        if not self._all:
+            there = [g is not None for g in grads] * (len(changed) // count)
+            changed = [t for t, is_there in zip(changed, there, strict=True) if is_there]
+        increment_versions(changed)

@@ -1,0 +1,82 @@
+"""An optimizer's plan, made, proved and followed by one thread at a time."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ._plan import Found, StepPlan
+
+if TYPE_CHECKING:
+    from ._planned import PlannedStep
+
+_ATTEMPTS = 1000
+
+
+class Planner:
+    """Keeps a plan. Copies and pickles of it are as new: a plan is about this process's memory.
+
+    A launch reads a table that the next step writes to, so two threads that step one optimizer
+    take turns. A step within a step of the same thread goes on.
+
+    Attributes:
+        plan: the last step's, None before the first.
+    """
+
+    def __init__(self) -> None:
+        self.plan: StepPlan | None = None
+        self._lock = threading.RLock()
+        _all.add(self)
+
+    def __reduce__(self) -> tuple[type[Planner], tuple[()]]:
+        return Planner, ()
+
+    def renew(self) -> None:
+        """Begin anew, in a forked child: the thread that has the lock may not exist there."""
+        self.plan, self._lock = None, threading.RLock()
+
+    def step(
+        self,
+        optimizer: PlannedStep,
+        by_reference: Callable[[list[Tensor]], None],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Take a step; arguments as those of StepPlan.run."""
+        with self._lock:
+            plan, found = self._plan_of(optimizer)
+            plan.run(optimizer, found, by_reference, grad_scale, found_inf)
+
+    def _plan_of(self, optimizer: PlannedStep) -> tuple[StepPlan, Found]:
+        plan = self.plan
+        found = None if plan is None else plan.look(optimizer)
+        if plan is not None and found is not None:
+            return plan, found
+        known = {} if plan is None else plan.kinds
+        self.plan = None  # stays so if a line below raises
+        for _ in range(_ATTEMPTS):
+            plan = StepPlan(optimizer, known)
+            found = plan.look(optimizer, first=True)
+            if found is not None:
+                self.plan = plan
+                return plan, found
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            plan.forget_states(optimizer, params)  # another thread has changed something
+        raise RuntimeError("parameters, gradients or states keep changing while a step is planned")
+
+
+_all: weakref.WeakSet[Planner] = weakref.WeakSet()
+
+
+def _renew_all() -> None:
+    for planner in _all:
+        planner.renew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_all)

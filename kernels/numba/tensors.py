@@ -1,0 +1,258 @@
+"""What compiled code asks a Python tensor, at a few nanoseconds a question.
+
+Asked from Python, an address costs 40 ns, and as much again its dtype, sizes and strides. Torch has
+the same answers as C functions, kept stable for the models that its own compiler builds (the shim
+in torch/csrc/inductor/aoti_torch/c/shim.h), and compiled code can call them by itself: their
+argument is the address of a C++ tensor, which a Python tensor holds at a place of its own.
+Where the functions and that place are is found out on tensors made for it; what is missing is an
+exception, and the caller has to ask Python.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from ..tables import EMPTY
+from .compiler import locked_kernel
+from .pointer import at, load, store
+
+# In this order: without the layout of a tensor that has strides, others may fail.
+_FACTS = (
+    "aoti_torch_get_layout", "aoti_torch_get_dtype", "aoti_torch_get_device_type",
+    "aoti_torch_get_device_index", "aoti_torch_get_dim",
+)  # fmt: skip
+_FUNCTIONS = (
+    *_FACTS, "aoti_torch_get_sizes", "aoti_torch_get_strides", "aoti_torch_get_data_ptr",
+    "aoti_torch_get_storage_offset", "_ZN2at6native6is_negERKNS_6TensorE",
+    "_ZN2at6native12is_inferenceERKNS_6TensorE",
+)  # fmt: skip
+_BUMP = "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"
+# Places in a table of these functions.
+FACTS = len(_FACTS)
+DIM, SIZES, STRIDES, DATA_PTR, OFFSET, IS_NEG, IS_INFERENCE = range(FACTS - 1, FACTS + 6)
+#: Of a tensor: its type, the facts, its flags; then its sizes and strides.
+WORDS = FACTS + 2
+#: The flags: lazily negated, made in inference mode.
+NEGATED, INFERENCE = 1, 2
+
+
+@intrinsic
+def ask(typingctx: Any, function: Any, tensor: Any, answer: Any) -> Any:
+    """The C function at an address, called as function(tensor, answer); 0 if it succeeded."""
+    byte = ir.IntType(8).as_pointer()
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), (byte, byte)).as_pointer()
+        return builder.call(
+            builder.inttoptr(args[0], kind), [builder.inttoptr(a, byte) for a in args[1:]]
+        )
+
+    return types.int32(types.intp, types.intp, types.intp), codegen
+
+
+@intrinsic
+def ask_whether(typingctx: Any, function: Any, tensor: Any) -> Any:
+    """The C++ function ``bool f(const Tensor&)`` at an address, or one without a result."""
+    byte = ir.IntType(8).as_pointer()
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(8), (byte,)).as_pointer()
+        found = builder.call(builder.inttoptr(args[0], kind), [builder.inttoptr(args[1], byte)])
+        return builder.trunc(found, ir.IntType(1))
+
+    return types.boolean(types.intp, types.intp), codegen
+
+
+@locked_kernel
+def same_word(words: Any, place: int, value: int, recording: bool) -> bool:
+    if recording:
+        store(words, place, value)
+        return True
+    same: bool = load(words, place) == value
+    return same
+
+
+@locked_kernel
+def same_tensor(
+    thing: int, words: Any, place: int, flags: int, scratch: Any, scratch_at: int, functions: Any,
+    type_at: int, tensor_at: int, recording: bool,
+) -> bool:  # fmt: skip
+    """Write down all that is to know of a tensor, or compare it with what was written.
+
+    Args:
+        thing: the Python object's address.
+        words: what is known; of this tensor it begins at `place`.
+        flags: those that count.
+        scratch, scratch_at: memory for one answer, and its address.
+        functions: addresses of _FUNCTIONS.
+        type_at, tensor_at: where an object has its type and its C++ tensor.
+    """
+    # What is no tensor must not be asked anything.
+    if not same_word(words, place, load(at(words, thing + type_at), 0), recording):
+        return False
+    tensor = thing + tensor_at
+    for k in range(FACTS):
+        store(scratch, 0, 0)  # some answers have four bytes only
+        if ask(load(functions, k), tensor, scratch_at) != 0:
+            return False
+        if not same_word(words, place + 1 + k, load(scratch, 0), recording):
+            return False
+    dim = load(scratch, 0)
+    found = NEGATED if ask_whether(load(functions, IS_NEG), tensor) else 0
+    if flags & INFERENCE and ask_whether(load(functions, IS_INFERENCE), tensor):
+        found += INFERENCE
+    if not same_word(words, place + WORDS - 1, found, recording):
+        return False
+    if dim == 0:
+        return True
+    place += WORDS
+    if ask(load(functions, SIZES), tensor, scratch_at) != 0:
+        return False
+    sizes = at(words, load(scratch, 0))
+    for d in range(dim):
+        if not same_word(words, place + d, load(sizes, d), recording):
+            return False
+    if ask(load(functions, STRIDES), tensor, scratch_at) != 0:
+        return False
+    strides = at(words, load(scratch, 0))
+    for d in range(dim):
+        counts = recording or load(sizes, d) != 1  # the stride of a single element means nothing
+        if counts and not same_word(words, place + dim + d, load(strides, d), recording):
+            return False
+    return True
+
+
+@locked_kernel
+def length(words: Any, place: int) -> int:
+    """How many words there are of the tensor whose words begin at `place`."""
+    dim: int = load(words, place + 1 + DIM)
+    return WORDS + 2 * dim
+
+
+@locked_kernel
+def address_of(
+    thing: int, itemsize: int, size: int, scratch: Any, scratch_at: int, functions: Any,
+    tensor_at: int,
+) -> int:  # fmt: skip
+    """Where a tensor's elements begin, EMPTY if it has none, 0 if they have no memory."""
+    if size == 0:
+        return EMPTY
+    if ask(load(functions, OFFSET), thing + tensor_at, scratch_at) != 0:
+        return 0
+    offset: int = load(scratch, 0)
+    if ask(load(functions, DATA_PTR), thing + tensor_at, scratch_at) != 0:
+        return 0
+    found: int = load(scratch, 0)
+    return 0 if found == offset * itemsize else found  # so of a storage that begins at 0
+
+
+@locked_kernel
+def record_tensors(
+    things: Any, count: int, words: Any, flags: int, scratch: Any, scratch_at: int,
+    functions: Any, type_at: int, tensor_at: int,
+) -> bool:  # fmt: skip
+    """Write down all that is to know of some tensors, one after the other."""
+    place = 0
+    for i in range(count):
+        if not same_tensor(
+            load(things, i), words, place, flags, scratch, scratch_at, functions, type_at,
+            tensor_at, True,
+        ):  # fmt: skip
+            return False
+        place += length(words, place)
+    return True
+
+
+@locked_kernel
+def same_objects(things: int, items_at: int, ids: Any, count: int) -> bool:
+    """Whether the items of the list at `things` are the objects at these addresses."""
+    items = at(ids, load(at(ids, things + items_at), 0))
+    for i in range(count):  # noqa: SIM110 (compiled code has no generators)
+        if load(items, i) != load(ids, i):
+            return False
+    return True
+
+
+@locked_kernel
+def bump_versions(
+    things: int, items_at: int, count: int, bump: int, functions: Any, type_at: int,
+    tensor_at: int, tensor: int, parameter: int,
+) -> bool:  # fmt: skip
+    """Increment the versions of a list's tensors; False, and nothing done, if one has none.
+
+    tensor, parameter: the two types that they may be of.
+    """
+    items = at(functions, load(at(functions, things + items_at), 0))
+    for i in range(count):
+        kind = load(at(functions, load(items, i) + type_at), 0)
+        if kind != tensor and kind != parameter:
+            return False
+        if ask_whether(load(functions, IS_INFERENCE), load(items, i) + tensor_at):
+            return False
+    for i in range(count):
+        ask_whether(bump, load(items, i) + tensor_at)
+    return True
+
+
+class Torch:
+    """Where torch's functions are, and where Python's objects have what.
+
+    Raises:
+        OSError, KeyError, AttributeError, LookupError: not to be found in this torch.
+    """
+
+    def __init__(self) -> None:
+        if not getattr(sys, "_is_gil_enabled", lambda: True)():
+            raise LookupError("without the GIL a tensor may vanish while it is looked at")
+        suffix = {"linux": ".so", "darwin": ".dylib"}[sys.platform]
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu{suffix}"))
+        self.functions = np.array([_address(library, name) for name in _FUNCTIONS], np.int64)
+        self.bump = _address(library, _BUMP)
+        parameter = torch.nn.Parameter(torch.empty(2))
+        self.type_at = _offset(parameter, id(type(parameter)))
+        self.tensor_at = _offset(parameter, parameter._cdata)
+        self.items_at = _items_offset()
+        self.scratch = np.zeros(1, np.int64)  # used under the GIL alone
+
+
+def _address(library: ctypes.CDLL, name: str) -> int:
+    address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+    assert address is not None
+    return address
+
+
+def _word(address: int) -> int:
+    return ctypes.c_int64.from_address(address).value
+
+
+def _offset(thing: object, value: int) -> int:
+    """Where in an object that number is."""
+    for offset in range(0, type(thing).__basicsize__, 8):
+        if _word(id(thing) + offset) == value:
+            return offset
+    raise LookupError(f"no {value:#x} in a {type(thing).__name__}")
+
+
+def _items_offset() -> int:
+    """Where in a list the address of its items is: behind the number of them."""
+    things: list[object] = [object(), object(), object()]
+    offset = _offset(things, len(things)) + 8
+    items = _word(id(things) + offset)
+    if [_word(items + 8 * k) for k in range(3)] != list(map(id, things)):
+        raise LookupError("no array of its items in a list")
+    return offset
+
+
+@functools.cache
+def torch_functions() -> Torch:
+    return Torch()

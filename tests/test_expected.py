@@ -1,0 +1,251 @@
+"""What backward passes are expected to ask for: gradients are right, and computed once."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as theirs
+from cases import FLOATS
+from torch import Tensor
+
+import fastopt
+import fastopt.nn.functional as ours
+from fastopt.front.autograd import Expected
+from fastopt.front.call import RouteCache
+
+each_loss = pytest.mark.parametrize("name", fastopt.nn._operations.FUNCTIONS)
+
+
+@pytest.fixture(autouse=True)
+def nothing_learned() -> Iterator[None]:
+    torch.manual_seed(0)
+    RouteCache.forget()
+    yield
+    RouteCache.forget()
+
+
+class Counts:
+    """How many gradients the passes of a backend compute."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.forward = self.backward = 0
+        backend: Any = fastopt.dispatch.load("numba")
+        forward, backward = backend.forward, backend.backward
+
+        def counted_forward(*arguments: Any) -> Any:
+            result = forward(*arguments)
+            self.forward += result[1] is not None
+            return result
+
+        def counted_backward(*arguments: Any) -> Any:
+            self.backward += 1
+            return backward(*arguments)
+
+        monkeypatch.setattr(backend, "forward", counted_forward)
+        monkeypatch.setattr(backend, "backward", counted_backward)
+
+    def take(self) -> tuple[int, int]:
+        found = self.forward, self.backward
+        self.forward = self.backward = 0
+        return found
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
+    return Counts(monkeypatch)
+
+
+def second_argument(name: str, rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    if name == "cross_entropy":
+        return torch.randint(1000, (rows,))
+    return torch.randn(rows, 1000).to(dtype)
+
+
+# -- the rule by itself -------------------------------------------------------------------
+
+
+def wasted(numbers: list[float]) -> list[int]:
+    """For each backward pass of a loop, the gradients computed beyond the one it needs."""
+    expected, waste = Expected(), []
+    for number in numbers:
+        left = expected.number
+        waste.append(int(left is not None and left != number))
+        expected.note(number)
+    return waste
+
+
+def take(numbers: Iterator[float], count: int = 4000) -> list[float]:
+    return list(itertools.islice(numbers, count))
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        take(itertools.repeat(1.0)),
+        take(itertools.repeat(0.25)),
+        take(1000.0 + k for k in itertools.count()),  # the number of tokens in a batch
+        take(itertools.cycle([1.0, 0.3])),  # two losses of one kind
+        take(itertools.cycle([0.3, 0.3, 1.0])),
+        *(take(itertools.cycle([0.25] * k + [0.5])) for k in (2, 3, 4, 8, 16, 32, 50, 63)),
+        take(2.0 ** (16 + k // 500) for k in itertools.count()),  # a GradScaler that grows
+        take(float(k // 3) + 1 for k in itertools.count()),  # accumulated in threes, then another
+        take(float(min(k, 100)) for k in itertools.count()),  # a loss's weight that warms up
+        take(iter((torch.rand(4000) < 0.9).double().add(1).tolist())),  # mostly one number
+        take(math.nan for _ in itertools.count()),
+    ],
+)
+def test_hardly_a_gradient_in_vain(numbers: list[float]) -> None:
+    waste = wasted(numbers)
+    assert sum(waste[:10]) <= 4
+    assert sum(waste) <= 8 + len(numbers) // 50
+
+
+def test_what_holds_is_expected_again() -> None:
+    """After whatever mistakes, a number that stays is the forward's before long."""
+    expected = Expected()
+    for number in [1.0, 2.0, 2.0, 3.0, 3.0, 3.0, 3.0, 4.0] * 50:
+        expected.note(number)
+    for _ in range(Expected.MOST_NEEDED):
+        expected.note(5.0)
+    assert expected.number == 5
+    for _ in range(Expected.SETTLED):
+        expected.note(5.0)
+    for _ in range(2):
+        expected.note(6.0)
+    assert expected.number == 6, "earlier mistakes count no more"
+
+
+# -- losses by it --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@each_loss
+def test_gradients_left_behind(name: str, dtype: torch.dtype, counts: Counts) -> None:
+    """Left by the forward pass or computed in the backward pass: the same to the last bit."""
+    second = second_argument(name, 600, dtype)
+    given = [1.0, 0.25, 0.25, 0.25, 3.0, 0.25, *[3.0] * 5, -0.0, 1.0, 3.0]
+    left = [*[True] * 5, *[False] * 3, *[True] * 4, False, False]
+    handed = 0
+    for scale, forward in zip(given, left, strict=True):
+        x = torch.randn(600, 1000).to(dtype).requires_grad_()
+        scaled = torch.tensor(scale, dtype=dtype)
+        loss = getattr(ours, name)(x, second)
+        (grad,) = torch.autograd.grad(loss, x, scaled, retain_graph=True)
+        computed_forward, computed_backward = counts.take()
+        assert computed_forward == forward, scale
+        assert computed_forward + computed_backward <= 2
+        handed += not computed_backward
+        (again,) = torch.autograd.grad(loss, x, scaled)
+        assert counts.take() == (0, 1), "it has been given away"
+        assert torch.equal(grad, again)
+        assert grad.data_ptr() != again.data_ptr()
+        leaf = x.detach().requires_grad_()
+        torchs = getattr(theirs, name)(leaf, second)
+        torch.testing.assert_close(grad, torch.autograd.grad(torchs, leaf, scaled)[0])
+    assert handed == 6
+
+
+def loops() -> dict[str, tuple[Callable[[int], float], Callable[[int], int]]]:
+    """Of each step, the number a loss is multiplied by, and how many rows it has."""
+    return {
+        "always 1": (lambda k: 1.0, lambda k: 200),
+        "always 1/4": (lambda k: 0.25, lambda k: 200),
+        "always 1/4 of changing batches": (lambda k: 0.25, lambda k: 200 - k),
+        "another number each time": (lambda k: 1 / (1000 + k), lambda k: 200),
+        "others of changing batches": (lambda k: 1 / (1000 + k), lambda k: 200 - k),
+        "two in turns": (lambda k: (1.0, 0.3)[k % 2], lambda k: 200),
+    }
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loop", loops())
+@each_loss
+def test_one_gradient_a_step(name: str, loop: str, reduction: str, counts: Counts) -> None:
+    scale, rows = loops()[loop]
+    x, second = torch.randn(200, 1000), second_argument(name, 200)
+    for k in range(20):
+        if k == 10:
+            counts.take()
+        leaf = x[: rows(k)].detach().requires_grad_()
+        loss = getattr(ours, name)(leaf, second[: rows(k)], reduction=reduction)
+        (loss * scale(k)).backward()
+        other = leaf.detach().requires_grad_()
+        loss = getattr(theirs, name)(other, second[: rows(k)], reduction=reduction)
+        (loss * scale(k)).backward()
+        torch.testing.assert_close(leaf.grad, other.grad)
+    forward, backward = counts.take()
+    assert forward + backward == 10
+    assert not backward or loop.startswith(("another", "others", "two"))
+
+
+def test_sequences_of_any_length(counts: Counts) -> None:
+    """Neither the batch nor what comes after the classes makes another kind of call."""
+    for k in range(20):
+        if k == 10:
+            counts.take()
+        x = torch.randn(3 + k % 4, 500, 200 + k, requires_grad=True)
+        (ours.cross_entropy(x, torch.randint(500, (len(x), 200 + k))) / 4).backward()
+    assert counts.take() == (10, 0)
+
+
+def test_two_heads(counts: Counts) -> None:
+    """Each number of classes has its own habits, and each kind of options."""
+    for k in range(12):
+        if k == 6:
+            counts.take()
+        for classes, scale, options in (
+            (500, 1.0, {}),
+            (700, 0.3, {}),
+            (500, 0.1, {"label_smoothing": 0.1}),
+        ):
+            x = torch.randn(400, classes, requires_grad=True)
+            loss = ours.cross_entropy(x, torch.randint(classes, (400,)), **options)
+            (loss * scale).backward()
+    assert counts.take() == (18, 0)
+
+
+def test_zero_is_not_expected() -> None:
+    """Of its gradients the sign counts."""
+    for scale in (0.0, 0.0, 0.0, -0.0, -0.0, -0.0, 0.0):
+        x, y = torch.randn(400, 400, requires_grad=True), torch.randn(400, 400)
+        (found,) = torch.autograd.grad(ours.mse_loss(x, y), x, torch.tensor(scale))
+        (expected,) = torch.autograd.grad(theirs.mse_loss(x, y), x, torch.tensor(scale))
+        assert torch.equal(found.signbit(), expected.signbit())
+
+
+def test_numbers_that_are_none() -> None:
+    y = torch.randn(400, 400)
+    for scale in (math.nan, math.nan, math.nan, math.inf, math.inf, math.inf, 1.0):
+        x = torch.randn(400, 400, requires_grad=True)
+        found, expected = (
+            torch.autograd.grad(module.mse_loss(x, y), x, torch.tensor(scale))[0]
+            for module in (ours, theirs)
+        )
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@each_loss
+def test_threads_that_ask_for_different_numbers(name: str) -> None:
+    x, second = torch.randn(150, 1000), second_argument(name, 150)
+    leaf = x.clone().requires_grad_()
+    getattr(theirs, name)(leaf, second).backward()
+    expected = leaf.grad
+    assert expected is not None
+
+    def work(scale: float) -> bool:
+        for k in range(40):
+            number = scale * (1 + k // 20)
+            leaf = x.clone().requires_grad_()
+            (getattr(ours, name)(leaf, second) * number).backward()
+            if not torch.allclose(leaf.grad, expected * number, rtol=1e-5, atol=1e-8):
+                return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, (1.0, 1.0, 0.5, 4.0)))
