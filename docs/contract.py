@@ -20,7 +20,7 @@ from torch.nn import Parameter
 
 import fastopt
 import fastopt.nn.functional as ours
-from fastopt.dispatch import BACKENDS, CROSSOVER, Decision
+from fastopt.dispatch import BACKENDS, Decision
 from fastopt.nn import _fused
 
 # Sizes and strides of an example say nothing of the reader's call.
@@ -97,7 +97,7 @@ class Feature(NamedTuple):
 
 # -- losses ------------------------------------------------------------------------------
 
-POINTWISE = tuple(name for name in CROSSOVER if name != "cross_entropy")
+POINTWISE = ("mse_loss", "l1_loss")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -324,7 +324,8 @@ def tied(operation: str) -> Iterable[Decision]:
 
 
 DEFAULTS = {
-    name: getattr(torch.optim, name)([torch.zeros(1)]).defaults for name in fastopt.optim.__all__
+    name: getattr(torch.optim, name)([torch.zeros(1)]).defaults
+    for name in fastopt.optim._operations.OPTIMIZERS
 }
 
 OPTIMIZER_FEATURES = [
@@ -365,7 +366,7 @@ def verdict(decision: Decision, device: str) -> str:
     request = decision.request._replace(
         device=kind,
         capability=capability,
-        numel=max(CROSSOVER.values()),
+        crossover=0,
         special=tuple(
             words for words in decision.request.special if device == "CPU" or "CPU" not in words
         ),
@@ -394,7 +395,7 @@ def table(features: Iterable[Feature], operations: tuple[str, ...]) -> list[str]
 
 
 def page() -> str:
-    every = tuple(CROSSOVER)
+    every = (*POINTWISE, "cross_entropy")
     sections = {
         "Mean squared and mean absolute error": table(POINTWISE_FEATURES, POINTWISE),
         "Cross-entropy": table(CLASS_FEATURES, ("cross_entropy",)),
@@ -404,7 +405,7 @@ def page() -> str:
             "| --- | --- |",
             *(f"| {d.words} | {', '.join({how(d, op): 0 for op in every})} |" for d in DERIVATIVES),
         ],
-        "Optimizers": table(OPTIMIZER_FEATURES, tuple(fastopt.optim.__all__)),
+        "Optimizers": table(OPTIMIZER_FEATURES, tuple(fastopt.optim._operations.OPTIMIZERS)),
     }
     tables = "\n".join(
         "\n".join([f"## {title}", "", *rows, ""]) for title, rows in sections.items()

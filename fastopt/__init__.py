@@ -1,6 +1,6 @@
 """Compiled drop-in replacements for PyTorch's losses and optimizers, on CPU and GPU."""
 
-from . import dispatch, nn, optim
+from . import _torchs, dispatch, nn, optim
 from ._convert import convert
 from ._explain import Explanation, explain
 from .dispatch import use_backend
@@ -19,3 +19,4 @@ __all__ = [
     "use_backend",
 ]
 __version__ = "0.1.0"
+_torchs.install()

@@ -11,10 +11,11 @@ import platform
 
 import torch
 
-from . import __version__, optim
+from . import __version__
 from ._warmup import DTYPES, warm_up
-from .dispatch import BACKENDS, CROSSOVER, ROW_CROSSOVER, Request
-from .nn import functional
+from .dispatch import BACKENDS, Request
+from .front.call import FUNCTIONS
+from .optim._operations import OPTIMIZERS
 
 
 def main() -> None:
@@ -46,24 +47,22 @@ def report() -> None:
     print(f"devices {', '.join(_devices())}")
     print("\nOperations and backends, for float32 on each device:")
     for device in dict.fromkeys(name.split(":")[0] for name in _devices()):
-        for operation in (*functional.__all__, *optim.__all__):
+        for operation in (*sorted(FUNCTIONS), *OPTIMIZERS):
             dtypes = (torch.float32,) * 2
             capability = torch.cuda.get_device_capability() if device == "cuda" else None
-            request = Request(
-                operation, device, dtypes, max(CROSSOVER.values()), capability=capability
-            )
+            request = Request(operation, device, dtypes, 1, capability=capability)
             print(f"  {operation} on {device}")
             for name, backend in BACKENDS.items():
                 reasons = backend.refusals(request)
                 print(f"    {name:9s} {'no: ' + '; '.join(reasons) if reasons else 'yes'}")
     print("\nElements below which torch's own loss is the faster one:")
-    for operation, count in CROSSOVER.items():
-        print(f"  {operation:13s} {count:,}")
-    for operation, table in ROW_CROSSOVER.items():
-        for size, rows in table.items():
+    widest = max(map(len, FUNCTIONS))
+    for name, kind in sorted(FUNCTIONS.items()):
+        print(f"  {name:{widest}s} {kind.crossover:,}")
+        for size, rows in kind.row_crossover.items():
             for classes, count in rows:
                 what = f"in rows of up to {classes} classes of {size} bytes"
-                print(f"  {operation:13s} {count:,} {what}")
+                print(f"  {name:{widest}s} {count:,} {what}")
 
 
 def _version(package: str) -> str:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from types import ModuleType
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch.nn.modules.loss import _Loss
 from torch.optim import Optimizer
 
-from . import nn, optim
 from .errors import wrapper_hint
 from .front.call import LossModule
+from .nn._operations import MODULES
+from .optim._operations import OPTIMIZERS
 from .optim._planned import PlannedStep
 
 __all__ = ["convert"]
@@ -31,9 +32,9 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
     Frameworks that keep an optimizer's `step` should be given it afterwards.
 
     Args:
-        subject: an optimizer whose class is torch's own SGD, Adam, AdamW or RMSprop; or a
-            module, of which every CrossEntropyLoss, MSELoss and L1Loss changes, itself
-            included. Losses called as functions in a forward are no modules, and stay torch's.
+        subject: an optimizer whose class is torch's own and one that fastopt has, too; or a
+            module, of which every loss changes whose class fastopt has, itself included. Losses
+            called as functions in a forward are no modules, and stay torch's.
         to: "fastopt" or "torch".
 
     Returns:
@@ -56,9 +57,9 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
         raise ValueError(f"to={to!r} (supported: 'fastopt', 'torch')")
     if isinstance(subject, Optimizer):
         if not (to == "fastopt" and isinstance(subject, PlannedStep)):  # a subclass of ours, too
-            _convert_optimizer(subject, _twins(optim, to))
+            _convert_optimizer(subject, _twins(OPTIMIZERS, to))
     elif isinstance(subject, torch.nn.Module):
-        _convert_modules(subject, _twins(nn, to), to)
+        _convert_modules(subject, _twins(MODULES, to), to)
     else:
         raise TypeError(
             f"cannot convert an object of {_name(type(subject))} "
@@ -67,10 +68,9 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
     return subject
 
 
-def _twins(module: ModuleType, to: str) -> _Twins:
+def _twins(ours: Mapping[str, type], to: str) -> _Twins:
     """Torch's classes are the bases of ours; torch may have ours under their names by now."""
-    found = [getattr(module, name) for name in module.__all__]
-    pairs = [(kind, _torchs(kind)) for kind in found if isinstance(kind, type)]
+    pairs = [(kind, _torchs(kind)) for kind in ours.values()]
     return {theirs: ours for ours, theirs in pairs} if to == "fastopt" else dict(pairs)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from .dispatch import Decision
 from .errors import wrapper_hint
 from .front.call import LossModule
+from .nn._operations import FUNCTIONS, MODULES
+from .optim._operations import OPTIMIZERS
 from .optim._planned import PlannedStep
 
 __all__ = ["Explanation", "explain"]
@@ -52,7 +54,6 @@ def explain(subject: Any, /, *args: Any, **kwargs: Any) -> Explanation:
         return Explanation((subject.decide(*args, **kwargs),))
     raise TypeError(
         f"cannot explain an object of {type(subject).__module__}.{type(subject).__name__} "
-        "(supported: the classes of fastopt.nn and fastopt.optim and the functions of "
-        "fastopt.nn.functional)"
+        f"(supported: {', '.join((*FUNCTIONS, *MODULES, *OPTIMIZERS))} of fastopt)"
         f"{wrapper_hint(subject)}"
     )

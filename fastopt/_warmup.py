@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import time
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
 
-from . import nn, optim
 from .dispatch import use_backend
 from .errors import BackendUnavailable
+from .front.call import FUNCTIONS as OPERATIONS
+from .front.samples import usual
+from .nn._operations import FUNCTIONS
+from .optim._operations import OPTIMIZERS
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -17,8 +22,6 @@ DTYPES = {
 }
 # Elements few enough for one thread, and enough for several: two forms of each kernel.
 _SIZES = (1 << 12, 1 << 18)
-# Classes: of rows that are walked as they are, and of ones that are turned.
-_CLASSES = (128, 8)
 _OPTIMIZERS: dict[str, tuple[dict[str, float], ...]] = {
     "SGD": ({"lr": 0.1}, {"lr": 0.1, "momentum": 0.9}),
     "Adam": ({},),
@@ -29,33 +32,25 @@ _OPTIMIZERS: dict[str, tuple[dict[str, float], ...]] = {
 
 def jobs(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """What is to be compiled for a dtype: its name, and a call that needs it."""
-    for name in ("MSELoss", "L1Loss"):
-        for size in _SIZES:
-            x, y = torch.zeros(size, dtype=dtype), torch.zeros(size, dtype=dtype)
-            yield name, _loss(getattr(nn, name)(), x, y)
-    for smoothing in (0.0, 0.1):
-        for classes in _CLASSES:
+    for name, operation in OPERATIONS.items():
+        for options in operation.variants:
             for size in _SIZES:
-                x = torch.zeros(size // classes, classes, dtype=dtype)
-                labels = torch.zeros(len(x), dtype=torch.int64)
-                yield (
-                    "CrossEntropyLoss",
-                    _loss(nn.CrossEntropyLoss(label_smoothing=smoothing), x, labels),
-                )
+                for tensors in usual(operation, size, dtype):
+                    yield name, _loss(functools.partial(FUNCTIONS[name], **tensors, **options))
     for name, settings in _OPTIMIZERS.items():
-        for options in settings:
+        for numbers in settings:
             for size in _SIZES:
                 p = torch.nn.Parameter(torch.zeros(size, dtype=dtype))
                 p.grad = torch.zeros_like(p)
-                yield name, getattr(optim, name)([p], **options).step
+                yield name, OPTIMIZERS[name]([p], **numbers).step
 
 
-def _loss(module: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
+def _loss(value: Callable[[], torch.Tensor]) -> Callable[[], None]:
     def call() -> None:
-        module(x.requires_grad_(), y).backward()
-        (module(x, y) * 0.5).backward()  # where the backward pass computes the gradient
+        value().backward()
+        (value() * 0.5).backward()  # where the backward pass computes the gradient
         with torch.no_grad():
-            module(x, y)
+            value()
 
     return call
 
@@ -63,7 +58,9 @@ def _loss(module: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable
 def warm_up(dtypes: list[str]) -> None:
     """Compile for these dtypes, names of DTYPES; what is in the disk cache already is read."""
     begin = time.perf_counter()
-    with use_backend("numba"):
+    widest = max(map(len, (*FUNCTIONS, *OPTIMIZERS)))
+    with use_backend("numba"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of torch's, about usual calls
         for dtype in dtypes:
             for name, job in jobs(DTYPES[dtype]):
                 start = time.perf_counter()
@@ -72,5 +69,6 @@ def warm_up(dtypes: list[str]) -> None:
                 except BackendUnavailable as error:
                     print(error)
                     break
-                print(f"{name:16s} {dtype:8s} {time.perf_counter() - start:6.2f} s", flush=True)
+                took = time.perf_counter() - start
+                print(f"{name:{widest}s} {dtype:8s} {took:6.2f} s", flush=True)
     print(f"{time.perf_counter() - begin:.1f} s in all")

@@ -38,7 +38,7 @@ class Request(NamedTuple):
             reader; empty for the usual call.
         capability: compute capability (major, minor) of a CUDA device, else None.
         insisted: the backend named in use_backend, else None.
-        row: of a softmax, its classes if they lie side by side in memory, else 0.
+        crossover: elements from which a loss is worth compiled code on a CPU.
         label: which of the dtypes is that of class indices, as its place; None if none is.
     """
 
@@ -49,7 +49,7 @@ class Request(NamedTuple):
     special: tuple[str, ...] = ()
     capability: tuple[int, int] | None = None
     insisted: str | None = None
-    row: int = 0
+    crossover: int = 0
     label: int | None = None
 
     def numbers(self) -> tuple[torch.dtype, ...]:
@@ -186,48 +186,6 @@ _COMMON = (
 
 # -- the numba backend: CPU ----------------------------------------------------------
 
-#: Elements from which the compiled path is at least as fast as torch's own (forward and
-#: backward), measured over a grid of sizes on 2 cores with AVX-512; the benchmark checks it.
-#: Below, what a call costs before any kernel runs decides, and torch's C++ has less of that than
-#: Python. Optimizers count tensors' fixed costs too, so theirs pays off from the first element.
-CROSSOVER = {"mse_loss": 98_304, "l1_loss": 16_384, "cross_entropy": 122_880}
-#: The same for rows of up to so many classes side by side, by the bytes of a number: what is
-#: shorter than a vector torch computes number by number, a few vectors it does well.
-ROW_CROSSOVER = {
-    "cross_entropy": {
-        2: ((31, 6_144), (128, 524_288)),
-        4: ((15, 6_144), (31, 122_880), (128, 524_288)),
-        8: ((31, 16_384),),
-    }
-}
-
-
-def crossover(request: Request) -> int:
-    """Elements from which compiled code pays off for a request."""
-    rows = ROW_CROSSOVER.get(request.operation, {}).get(request.dtypes[0].itemsize, ())
-    for longest, count in rows:
-        if 0 < request.row <= longest:
-            return count
-    return CROSSOVER.get(request.operation, 0)
-
-
-def is_small(operation: str) -> tuple[Callable[[torch.Tensor], bool], int]:
-    """A quick test of an input: sure to be below the crossover if it says so.
-
-    Also the number of elements below which it need not be asked.
-    """
-    least = CROSSOVER.get(operation, 0)
-    rows = [row for rows in ROW_CROSSOVER.get(operation, {}).values() for row in rows]
-    longest = max((classes for classes, count in rows if count < least), default=0)
-
-    def test(input: torch.Tensor) -> bool:
-        shape = input.shape  # of (batch, classes, length) the classes may be side by side
-        return (input.numel() < least and shape[-1] > longest) and (
-            len(shape) < 3 or shape[1] > longest or (input.stride(1) != 1 and shape[1] > 1)
-        )
-
-    return test, min([least, *(count for _, count in rows)])
-
 
 @functools.cache
 def _jit_enabled() -> bool:
@@ -269,9 +227,9 @@ _NUMBA = Backend(
             lambda r: f"float16 on a CPU without instructions that convert it ({_target_cpu()})",
         ),
         Rule(
-            lambda r: r.numel >= crossover(r),
+            lambda r: r.numel >= r.crossover,
             lambda r: (
-                f"{r.numel} elements, fewer than the {crossover(r)} "
+                f"{r.numel} elements, fewer than the {r.crossover} "
                 "from which compiled code pays off"
             ),
             advisory=True,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import torch
@@ -26,6 +27,11 @@ class Operation:
         operands: the names of the tensors.
         arranged: whether `arrange` has something to do.
         checked: whether torch refuses some numbers. The formula makes NaN of those.
+        crossover: elements from which compiled code is at least as fast as torch's on a CPU;
+            where a class says nothing, what is usual for a function like its twin.
+        row_crossover: the same for rows of up to so many classes side by side, by the bytes of
+            a number: pairs (classes, elements), in order.
+        variants: keyword arguments of usual calls that are compiled apart from each other.
     """
 
     numbers: ClassVar[tuple[str, ...]]
@@ -36,6 +42,9 @@ class Operation:
     operands: ClassVar[tuple[str, ...]]
     arranged: ClassVar[bool] = False
     checked: ClassVar[bool] = False
+    crossover: ClassVar[int]
+    row_crossover: ClassVar[Mapping[int, tuple[tuple[int, int], ...]]] = {}
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
 
     def __init_subclass__(cls) -> None:
         if cls.__dict__.get("_abstract"):

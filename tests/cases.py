@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -17,8 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fastopt import dispatch
-from fastopt.front.call import RouteCache
+from fastopt.front.call import FUNCTIONS, RouteCache
 
 #: The machine under test: where tensors are, and the compiled backend that serves them.
 DEVICE = os.environ.get("FASTOPT_TEST_DEVICE", "cpu")
@@ -240,10 +239,9 @@ SHAPES = ((1,), (64,), (70,), (3, 5, 7), (), (4099,), (0,), (LARGE,), (2, 0))
 @contextmanager
 def any_size_counts() -> Iterator[None]:
     """Set the sizes aside below which torch's own code is faster."""
-    with (
-        mock.patch.dict(dispatch.CROSSOVER, {}, clear=True),
-        mock.patch.dict(dispatch.ROW_CROSSOVER, {}, clear=True),
-    ):
+    with ExitStack() as stack:
+        for operation in set(FUNCTIONS.values()):
+            stack.enter_context(mock.patch.multiple(operation, crossover=0, row_crossover={}))
         RouteCache.forget()
         yield
     RouteCache.forget()

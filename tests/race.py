@@ -22,7 +22,9 @@ from torch.testing._internal.common_optimizers import OptimizerInfo, optim_db
 
 import fastopt
 
-INFOS: list[OptimizerInfo] = [info for info in optim_db if info.name in fastopt.optim.__all__]
+INFOS: list[OptimizerInfo] = [
+    info for info in optim_db if info.name in fastopt.optim._operations.OPTIMIZERS
+]
 EACH = pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
 FLAGS = ("foreach", "fused", "capturable", "differentiable")
 COMPLEX = (torch.complex64, torch.complex128)

@@ -283,7 +283,7 @@ def test_what_is_left_alone_is_named() -> None:
     replaced.forward = lambda input, target: input.sum()
     model = nn.ModuleDict(
         {
-            "binary": nn.BCELoss(),
+            "alignment": nn.CTCLoss(),
             "focal": Focal(),
             "replaced": replaced,
             "scripted": torch.jit.script(nn.L1Loss()),
@@ -295,7 +295,7 @@ def test_what_is_left_alone_is_named() -> None:
         fastopt.convert(model)
     assert caught[0].filename == __file__
     assert str(caught[0].message) == (
-        "fastopt.convert left alone: binary (BCELoss, of which fastopt has none), "
+        "fastopt.convert left alone: alignment (CTCLoss, of which fastopt has none), "
         "focal (Focal, a subclass of CrossEntropyLoss, whose own ways could be lost), "
         "replaced (MSELoss, whose forward has been replaced), "
         "scripted (L1Loss, compiled by torch.jit)"

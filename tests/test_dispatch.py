@@ -15,11 +15,13 @@ from cases import FLOATS
 import fastopt
 import fastopt.nn.functional as ours
 from fastopt import BackendUnavailable, dispatch
-from fastopt.dispatch import BACKENDS, CROSSOVER, ROW_CROSSOVER, Decision, Request
+from fastopt.dispatch import BACKENDS, Decision, Request
+from fastopt.front.call import FUNCTIONS
+from fastopt.front.crossover import crossover, quick_test, usual_crossover
 
 SINGLE = (torch.float32, torch.float32)
 LARGE = 1 << 20
-OPERATIONS = (*ours.__all__, *fastopt.optim.__all__)
+OPERATIONS = (*fastopt.nn._operations.FUNCTIONS, *fastopt.optim._operations.OPTIMIZERS)
 
 
 def request(operation: str = "mse_loss", **changes: Any) -> Request:
@@ -114,65 +116,100 @@ def test_old_gpu_without_triton() -> None:
     assert "tracing (supported: none of these)" in reasons
 
 
-@pytest.mark.parametrize("operation", CROSSOVER)
+@pytest.mark.parametrize("operation", FUNCTIONS)
 def test_crossover(operation: str) -> None:
-    limit = CROSSOVER[operation]
-    assert choose(operation=operation, numel=limit).backend == "numba"
-    below = choose(operation=operation, numel=limit - 1)
+    limit = crossover(FUNCTIONS[operation], 4, 0)
+    assert limit == FUNCTIONS[operation].crossover > 0
+    assert choose(operation=operation, numel=limit, crossover=limit).backend == "numba"
+    below = choose(operation=operation, numel=limit - 1, crossover=limit)
     assert below.backend == "reference"
     (reason,) = below.refusals["numba"]
     assert str(limit) in reason
     assert str(limit - 1) in reason
-    assert choose(operation=operation, numel=1, insisted="numba").backend == "numba"
+    few = choose(operation=operation, numel=1, crossover=limit, insisted="numba")
+    assert few.backend == "numba"
+
+
+def test_usual_crossovers() -> None:
+    """One kernel of torch's is harder to beat than several that are called one after another."""
+    for function in ("mse_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss"):
+        assert usual_crossover(function) == 98_304
+    for function in ("gaussian_nll_loss", "poisson_nll_loss", "kl_div", "hinge_embedding_loss"):
+        assert usual_crossover(function) == 32_768
+
+
+def test_the_crossover_of_a_call() -> None:
+    """It is what the record says, for the rows and the bytes of a number that the call has."""
+    for operation in ("mse_loss", "l1_loss", "kl_div"):
+        limit = FUNCTIONS[operation].crossover
+        for numel, name in ((limit, "numba"), (limit - 1, "reference")):
+            x = torch.rand(numel)
+            (decision,) = fastopt.explain(getattr(ours, operation), x, x, reduction="sum")
+            assert (decision.backend, decision.request.crossover) == (name, limit)
+    for dtype, row, limit in row_limits("cross_entropy"):
+        if row == 0:  # classes apart from each other
+            logits = torch.zeros(3, limit // 2, dtype=dtype).t()
+        else:
+            logits = torch.zeros(limit // row + 1, row, dtype=dtype)
+        labels = torch.zeros(len(logits), dtype=torch.int64)
+        (decision,) = fastopt.explain(ours.cross_entropy, logits, labels)
+        assert (decision.backend, decision.request.crossover) == ("numba", limit), (dtype, row)
 
 
 def row_limits(operation: str) -> list[tuple[torch.dtype, int, int]]:
     """(dtype, classes side by side, crossover) on both sides of each step of the table."""
     found = []
     dtypes = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
-    for size, rows in ROW_CROSSOVER.get(operation, {}).items():
+    kind = FUNCTIONS[operation]
+    for size, rows in kind.row_crossover.items():
         assert list(rows) == sorted(rows)
-        limits = [limit for _, limit in rows] + [CROSSOVER[operation]]
+        limits = [limit for _, limit in rows] + [kind.crossover]
         for (classes, limit), above in zip(rows, limits[1:], strict=True):
             found += [(dtypes[size], classes, limit), (dtypes[size], classes + 1, above)]
-        found += [(dtypes[size], 1, limits[0]), (dtypes[size], 0, CROSSOVER[operation])]
+        found += [(dtypes[size], 1, limits[0]), (dtypes[size], 0, kind.crossover)]
     return found
 
 
-@pytest.mark.parametrize("operation", ROW_CROSSOVER)
+@pytest.mark.parametrize("operation", FUNCTIONS)
 def test_crossover_of_rows(operation: str) -> None:
+    assert row_limits(operation) or operation != "cross_entropy"
     for dtype, row, limit in row_limits(operation):
-        call = {"operation": operation, "dtypes": (dtype, torch.int64), "row": row, "label": 1}
+        assert crossover(FUNCTIONS[operation], dtype.itemsize, row) == limit
+        call = {"operation": operation, "dtypes": (dtype, torch.int64), "crossover": limit}
+        call["label"] = 1
         assert choose(numel=limit, **call).backend == "numba"
         assert choose(numel=limit - 1, **call).backend == "reference"
 
 
-@pytest.mark.parametrize("operation", CROSSOVER)
+@pytest.mark.parametrize("operation", FUNCTIONS)
 def test_quick_test_of_size(operation: str) -> None:
     """It must never send to torch what pays off, whatever the layout."""
-    test, surely = dispatch.is_small(operation)
+    kind = FUNCTIONS[operation]
+    test, surely = quick_test(kind)
 
     def quick(input: torch.Tensor) -> bool:
         return input.numel() < surely or test(input)
 
     steps = row_limits(operation)
-    limits = {CROSSOVER[operation], *(limit for _, _, limit in steps)}
+    limits = {kind.crossover, *(limit for _, _, limit in steps)}
     widths = {1, 2, 1000, *(row for _, row, _ in steps if row)}
     for dtype, limit, width in itertools.product(FLOATS, limits, widths):
         for rows in (limit // width - 1, limit // width, limit // width + 1):
             if rows < 1:
                 continue
             call = {"operation": operation, "dtypes": (dtype, dtype), "numel": rows * width}
-            settled = choose(**call, row=width if steps else 0).backend
+            aside, apart = [
+                choose(**call, crossover=crossover(kind, dtype.itemsize, row)).backend
+                for row in (width, 0)
+            ]
+            settled = aside if steps else apart
             input = torch.empty(rows, width, dtype=dtype, device="meta")
             assert not quick(input) or settled == "reference"
-            settled = choose(**call).backend
             transposed = torch.empty(width, rows, dtype=dtype, device="meta").t()
-            assert not quick(transposed) or settled == "reference"
+            assert not quick(transposed) or apart == "reference"
             if steps:  # (batch, classes, length), the classes side by side
-                settled = choose(**call, row=width).backend
                 rest = torch.empty(1, rows, width, dtype=dtype, device="meta").transpose(1, 2)
-                assert not quick(rest) or settled == "reference"
+                assert not quick(rest) or aside == "reference"
     assert quick(torch.empty(1, 1000))
     assert quick(torch.empty(2, 1000, 3)) or operation == "cross_entropy"
 

@@ -1,7 +1,7 @@
 """The samples that torch tests its own loss modules with, and what people do around a module.
 
 Torch's tables of modules are the tables here, too: a loss that fastopt gains is tested as soon
-as it is in `fastopt.nn.__all__`. The last part holds properties of single losses.
+as fastopt has its class. The last part holds properties of single losses.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastopt.front.call import FUNCTIONS
 MODULES = {
     info.module_cls.__name__: info
     for info in module_db
-    if info.module_cls.__name__ in fastopt.nn.__all__
+    if info.module_cls.__name__ in fastopt.nn._operations.MODULES
 }
 EACH_MODULE = pytest.mark.parametrize("name", MODULES)
 #: More samples than this are thinned, evenly, to about as many.
@@ -43,8 +43,7 @@ Tensors = tuple[Tensor, ...]
 
 
 def test_each_loss_has_a_row() -> None:
-    classes = {name for name in fastopt.nn.__all__ if inspect.isclass(getattr(fastopt.nn, name))}
-    assert set(MODULES) == classes
+    assert set(MODULES) == set(fastopt.nn._operations.MODULES)
 
 
 @pytest.fixture(autouse=True)

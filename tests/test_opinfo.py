@@ -32,7 +32,7 @@ from fastopt.kernels.operation import Elementwise, Softmax
 OPS: dict[str, Any] = {}
 for _op in op_db:
     _name = _op.name.rpartition(".")[2]
-    if _op.name == f"nn.functional.{_name}" and _name in ours.__all__:
+    if _op.name == f"nn.functional.{_name}" and _name in fastopt.nn._operations.FUNCTIONS:
         OPS.setdefault(_name, _op)
 EACH_OPERATION = pytest.mark.parametrize("operation", OPS)
 #: More samples than this are thinned, evenly, to about as many.

@@ -26,7 +26,7 @@ from fastopt.nn._loss import _Memory
 
 ROWS, CLASSES = 300, 1000
 UNIT = ROWS * CLASSES * 4  # bytes of a gradient, which comes from NumPy and so can be traced
-each_loss = pytest.mark.parametrize("name", ours.__all__)
+each_loss = pytest.mark.parametrize("name", fastopt.nn._operations.FUNCTIONS)
 
 
 @pytest.fixture(autouse=True)
@@ -200,7 +200,7 @@ def test_hooks_are_noticed(ask: Callable[[bool], object]) -> None:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *((name, {}) for name in ours.__all__),
+        *((name, {}) for name in fastopt.nn._operations.FUNCTIONS),
         ("cross_entropy", {"weight": torch.rand(CLASSES)}),
         ("cross_entropy", {"label_smoothing": 0.1}),
     ],

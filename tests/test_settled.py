@@ -137,8 +137,9 @@ def test_calls_in_any_order(name: str, quick: bool, monkeypatch: pytest.MonkeyPa
         for variable, value in (("is_small", lambda input: False), ("surely", 0)):
             cell = function.__closure__[function.__code__.co_freevars.index(variable)]
             monkeypatch.setattr(cell, "cell_contents", value)
-        monkeypatch.setitem(fastopt.dispatch.CROSSOVER, name, 0)
-        monkeypatch.setitem(fastopt.dispatch.ROW_CROSSOVER, name, {})
+        operation = fastopt.front.call.FUNCTIONS[name]
+        monkeypatch.setattr(operation, "crossover", 0)
+        monkeypatch.setattr(operation, "row_crossover", {})
         RouteCache.forget()
     calls = class_calls() if name == "cross_entropy" else pointwise_calls(name)
     expected = {k: outcome(call, getattr(theirs, name)) for k, call in calls.items()}

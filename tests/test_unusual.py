@@ -18,8 +18,8 @@ import fastopt
 import fastopt.nn.functional as ours
 from fastopt.front.call import RouteCache
 
-each_loss = pytest.mark.parametrize("name", ours.__all__)
-each_optimizer = pytest.mark.parametrize("name", fastopt.optim.__all__)
+each_loss = pytest.mark.parametrize("name", fastopt.nn._operations.FUNCTIONS)
+each_optimizer = pytest.mark.parametrize("name", fastopt.optim._operations.OPTIMIZERS)
 
 
 def arguments(name: str, rows: int = 600) -> tuple[Tensor, Tensor]:
@@ -100,7 +100,11 @@ class Handled(Tensor):
 
     @classmethod
     def __torch_function__(cls, function: Any, *rest: Any) -> Any:
-        return "handled" if getattr(function, "__name__", "") in ours.__all__ else NotImplemented
+        return (
+            "handled"
+            if getattr(function, "__name__", "") in fastopt.nn._operations.FUNCTIONS
+            else NotImplemented
+        )
 
 
 @each_loss

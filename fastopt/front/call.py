@@ -22,6 +22,7 @@ from ..kernels.layout import is_released, released_error
 from ..kernels.operation import Operation, Options
 from .analysis import Call, analyse
 from .autograd import Expected, evaluate
+from .crossover import crossover, quick_test, usual_crossover
 
 # Names of their own, for what the smallest calls have to ask.
 is_compiling, tracing_state = torch.compiler.is_compiling, torch._C._get_tracing_state
@@ -89,8 +90,8 @@ def prepare(
         special.append(f"{numel} elements, a symbol")
         numel = row = classes = 0
     request = Request(
-        function, device.type, dtypes, numel, tuple(special), capability, dispatch.insisted(), row,
-        label,
+        function, device.type, dtypes, numel, tuple(special), capability, dispatch.insisted(),
+        crossover(type(record), input.dtype.itemsize, row), label,
     )  # fmt: skip
     return Call(request, Options(record, reduction, dtype), tensors, classes)
 
@@ -281,7 +282,9 @@ def loss(
         signature = inspect.signature(documented)
         parameters = list(signature.parameters)
         fallback = torchs if native is None else native
-        is_small, surely = dispatch.is_small(name)
+        if not hasattr(operation, "crossover"):
+            operation.crossover = usual_crossover(name)
+        is_small, surely = quick_test(operation)
         cache = RouteCache()
         FUNCTIONS[name] = operation
 

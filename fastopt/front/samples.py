@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from ..kernels.operation import Elementwise
+from ..kernels.operation import Elementwise, Operation, Softmax
 
-__all__ = ["operands"]
+__all__ = ["operands", "usual"]
 
 _DRAW: dict[str, Callable[[tuple[int, ...]], Tensor]] = {
     "": lambda shape: torch.randn(shape, dtype=torch.float64),
@@ -26,3 +26,18 @@ def operands(
     """Random operands of one shape, by name: those that have to be given."""
     names = [n for n in operation.operands if n not in ("weight", "pos_weight")]
     return {n: _DRAW[operation.domains.get(n, "")](shape).to(dtype) for n in names}
+
+
+def usual(operation: type[Operation], size: int, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+    """Operands of usual calls with so many elements, by name: one call for each kind of loop."""
+    if issubclass(operation, Elementwise):
+        found = operands(operation, (size,), dtype)
+        for name, t in found.items():
+            t.requires_grad_(name != "target")
+        yield found
+    elif issubclass(operation, Softmax):
+        for classes in (128, 8):  # rows that are walked as they are, and ones that are turned
+            logits = torch.randn(size // classes, classes).to(dtype).requires_grad_()
+            yield {"input": logits, "target": torch.zeros(len(logits), dtype=torch.int64)}
+    else:
+        raise NotImplementedError(f"no samples of {operation.__name__}")

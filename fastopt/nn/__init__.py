@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn as _torchs
 
-from . import functional
+from .._torchs import names as _names
 from ._operations import MODULES
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # to type checkers all of it is torch's, typos included
     from torch.nn import *  # noqa: F403
+else:
+    from . import functional
 
-__all__ = ["functional", *sorted(MODULES)]
-
-
-def __getattr__(name: str) -> Any:
-    found = MODULES.get(name)
-    return getattr(_torchs, name) if found is None else found
-
-
-def __dir__() -> list[str]:
-    return sorted({*__all__, *dir(_torchs)})
+    __all__, __getattr__, __dir__ = _names(_torchs, {**MODULES, "functional": functional})

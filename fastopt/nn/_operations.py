@@ -11,7 +11,7 @@ __all__ = ["FUNCTIONS", "MODULES"]
 
 #: The public functions and module classes, by torch's names.
 FUNCTIONS: dict[str, Any] = {}
-MODULES: dict[str, Any] = {}
+MODULES: dict[str, type] = {}
 
 _files = [file.name for file in pkgutil.iter_modules([str(Path(__file__).parent)])]
 for _file in sorted(_files):

@@ -32,6 +32,14 @@ class CrossEntropy(Softmax):
 
     ignore_index: int = -100
     label_smoothing: float = 0.0
+    variants = ({}, {"label_smoothing": 0.1})
+    crossover = 122_880
+    # What is shorter than a vector torch computes number by number, a few vectors it does well.
+    row_crossover = {
+        2: ((31, 6_144), (128, 524_288)),
+        4: ((15, 6_144), (31, 122_880), (128, 524_288)),
+        8: ((31, 16_384),),
+    }
 
 
 def _analyse(function: str, arguments: dict[str, Any]) -> Call | None:

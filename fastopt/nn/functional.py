@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch.nn import functional as _torchs
 
+from .._torchs import names as _names
 from ._operations import FUNCTIONS
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # to type checkers all of it is torch's, typos included
     from torch.nn.functional import *  # noqa: F403
-
-__all__ = sorted(FUNCTIONS)
-
-
-def __getattr__(name: str) -> Any:
-    found = FUNCTIONS.get(name)
-    return getattr(_torchs, name) if found is None else found
-
-
-def __dir__() -> list[str]:
-    return sorted({*__all__, *dir(_torchs)})
+else:
+    __all__, __getattr__, __dir__ = _names(_torchs, FUNCTIONS)

@@ -1,8 +1,15 @@
-"""The optimizers of :mod:`torch.optim` that fastopt has: same names, arguments and state."""
+"""The names of :mod:`torch.optim`: fastopt's optimizers, and of all else torch's own objects."""
 
-from .adam import Adam
-from .adamw import AdamW
-from .rmsprop import RMSprop
-from .sgd import SGD
+from __future__ import annotations
 
-__all__ = ["SGD", "Adam", "AdamW", "RMSprop"]
+from typing import TYPE_CHECKING
+
+from torch import optim as _torchs
+
+from .._torchs import names as _names
+from ._operations import OPTIMIZERS
+
+if TYPE_CHECKING:  # to type checkers all of it is torch's, typos included
+    from torch.optim import *  # noqa: F403
+else:
+    __all__, __getattr__, __dir__ = _names(_torchs, OPTIMIZERS)

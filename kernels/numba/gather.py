@@ -120,7 +120,8 @@ def backward(
     _launch(
         scatter_all, parts, (target, weight, upstream, flat), wrongs.ctypes.data, scale,
         _number(kept) if options.reduction == "mean" else 1.0, ignore_index, g.classes, outer,
-        inner, g.outer_stride, g.classes if g.class_stride == 1 else g.inner_stride, g.class_stride, width,
+        inner, g.outer_stride, g.classes if g.class_stride == 1 else g.inner_stride,
+        g.class_stride, width,
     )  # fmt: skip
     if wrongs.any():
         raise out_of_bounds(target, g.classes, ignore_index)

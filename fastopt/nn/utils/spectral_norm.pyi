@@ -1,0 +1,2 @@
+# For type checkers. At run time it is torch's own module.
+from torch.nn.utils.spectral_norm import *
