@@ -6,6 +6,7 @@ import functools
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -45,7 +46,7 @@ def jobs(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
                 yield name, OPTIMIZERS[name]([p], **numbers).step
 
 
-def _loss(value: Callable[[], torch.Tensor]) -> Callable[[], None]:
+def _loss(value: Callable[[], Any]) -> Callable[[], None]:
     def call() -> None:
         value().backward()
         (value() * 0.5).backward()  # where the backward pass computes the gradient

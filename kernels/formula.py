@@ -38,7 +38,7 @@ def translate(
         code = code.replace(co_consts=tuple(constants))
     names = dict(function.__globals__)
     for name in code.co_names:
-        value = names.get(name)
+        value: Any = names.get(name)
         if isinstance(value, ModuleType) and value.__name__ in VOCABULARIES:
             names[name] = vocabulary
         elif number is not None and type(value) in (int, float):

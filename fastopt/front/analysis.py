@@ -89,7 +89,7 @@ def analyse(operation: type[Loss], function: str, arguments: dict[str, Any]) -> 
         return None
     if issubclass(operation, Elementwise):
         try:
-            shape = torch.broadcast_shapes(*[t.shape for t in given.values()])
+            shape = torch.broadcast_shapes(*[t.shape for t in given.values()])  # type: ignore[no-untyped-call]
         except RuntimeError:
             return None
         special += _size_specials(operation, operands, shape)

@@ -272,11 +272,12 @@ def loss(
         native: torch's function by a shorter way, for calls that need not be looked at.
         analysis: of a call's function and arguments, where that of an elementwise loss won't do.
     """
-    analysis = analysis or functools.partial(analyse, operation)
+    kind: Any = operation
+    analysis = analysis or functools.partial(analyse, kind)
 
     def decorate(documented: Callable[P, Tensor]) -> Callable[P, Tensor]:
         name = documented.__name__
-        torchs = getattr(F, name)
+        torchs: Callable[..., Tensor] = getattr(F, name)
         if "twin" not in vars(operation):  # a second function of the same operation is another one
             operation.twin = torchs
         signature = inspect.signature(documented)

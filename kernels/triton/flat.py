@@ -141,15 +141,15 @@ def _run(
         flat_blocks, (_programs(place),), first.device, THREADS, operands,
         tuple(step[:2] for step in place.steps), record_numbers(record, compute), values, grads,
         upstream, grad_output, partials, number(record.factor, compute),
-        None if divisor is None else number(divisor, compute), place.count, place.second,
+        None if divisor is None else number(divisor, compute), place.places, place.second,
         place.inner, FIXED=tuple(step[2] == 0 for step in place.steps), FLAT=place.flat,
-        COMPUTE=TYPES[compute], READY=ready, WIDE=place.count + BLOCK >= 2**31, BLOCK=BLOCK,
-        FORMULA=formula_of(type(record), "value_and_slopes"), **constants_of(record),
+        COMPUTE=TYPES[compute], READY=ready, WIDE=place.places + BLOCK >= 2**31, BLOCK=BLOCK,
+        FORMULA=formula_of(record.__class__, "value_and_slopes"), **constants_of(record),
     )  # fmt: skip
 
 
 def _programs(place: Walk) -> int:
-    return -(-place.count // BLOCK)
+    return -(-place.places // BLOCK)
 
 
 def _recomputes(options: Options, tensors: Tensors) -> bool:

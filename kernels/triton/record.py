@@ -34,28 +34,29 @@ def _compiled(function: Any) -> Any:
     return device_function(function)
 
 
-def _make(numbers, flags: tl.constexpr):  # type: ignore[no-untyped-def]
+def _make(numbers, flags: tl.constexpr):
     return FIELDS(*numbers, *flags)  # type: ignore[name-defined]  # noqa: F821
 
 
 @functools.cache
-def _maker(operation: type[Operation]) -> Any:
+def _maker(operation: Any) -> Any:
     """The function that makes a record of its numbers and its flags.
 
     A type can't be a compile-time argument, but may be among the globals of a function that is.
     """
-    fields = namedtuple(operation.__name__, (*operation.numbers, *operation.flags))
+    kind: Any = namedtuple
+    fields = kind(operation.__name__, (*operation.numbers, *operation.flags))
     return _compiled(FunctionType(_make.__code__, {"FIELDS": fields, "tl": tl}, "make"))
 
 
-def constants_of(record: Operation) -> dict[str, Any]:
+def constants_of(record: Any) -> dict[str, Any]:
     """The compile-time arguments of a kernel that make a record, as MAKE(numbers, FLAGS).
 
     That belongs among the arguments of a call: an assignment would make numbers of flags. Triton
     knows a function by its source alone, hence the names.
     """
     names = (*record.numbers, *record.flags)
-    return {"MAKE": _maker(type(record)), "NAMES": names, "FLAGS": record.settings}
+    return {"MAKE": _maker(record.__class__), "NAMES": names, "FLAGS": record.settings}
 
 
 def record_numbers(record: Operation, compute: torch.dtype) -> tuple[float | int, ...]:

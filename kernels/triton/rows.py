@@ -62,7 +62,7 @@ def tiling(rows: Rows) -> Tiling:
     columns = columns if whole else TILE
     together = max(1, TILE // columns)
     threads = max(THREADS, together * columns * size // BYTES)
-    return Tiling(together, columns, whole, threads, -(-rows.count // together))
+    return Tiling(together, columns, whole, threads, -(-rows.total // together))
 
 
 @device_function
@@ -215,19 +215,19 @@ def _run(
     """
     record: Any = options.record
     first = next(t for t in rows.at_class if t is not None)
-    if rows.label is not None and rows.label.is_cpu and rows.count:
+    if rows.label is not None and rows.label.is_cpu and rows.total:
         if rows.label.min() < 0 or rows.label.max() >= rows.classes:
             torchs(options, tensors)
     cut = tiling(rows)
-    wide = (rows.count + cut.rows) * max(rows.classes, *rows.steps) + cut.columns >= 2**31
+    wide = (rows.total + cut.rows) * max(rows.classes, *rows.steps) + cut.columns >= 2**31
     launch(
         row_tiles, (cut.programs,), first.device, cut.threads, rows.at_class, rows.steps,
         rows.of_row, rows.label, record_numbers(record, rows.compute), values,
         grads[: len(record.columns)], upstream, grad_output, partials,
-        None if divisor is None else number(divisor, rows.compute), rows.count, rows.classes,
+        None if divisor is None else number(divisor, rows.compute), rows.total, rows.classes,
         SUMS=record.sums, OPERANDS=len(record.columns), COMPUTE=TYPES[rows.compute], READY=ready,
         WIDE=wide, WHOLE=cut.whole, ROWS=cut.rows, COLUMNS=cut.columns,
-        **{name.upper(): formula_of(type(record), name) for name in record.formulas},
+        **{name.upper(): formula_of(record.__class__, name) for name in record.formulas},
         **constants_of(record),
     )  # fmt: skip
 
