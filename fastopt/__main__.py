@@ -1,6 +1,6 @@
 """python -m fastopt: versions, devices, threads, and what runs where.
 
-python -m fastopt warmup [DTYPE ...]: compile for the CPU ahead of the first step.
+python -m fastopt warmup [DTYPE ...] [--only NAME ...]: compile for the CPU ahead of the first step.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import platform
 import torch
 
 from . import __version__
-from ._warmup import DTYPES, warm_up
+from ._warmup import DTYPES, NAMES, warm_up
 from .dispatch import BACKENDS, Request
 from .front.call import FUNCTIONS
 from .optim._operations import OPTIMIZERS
@@ -28,11 +28,15 @@ def main() -> None:
         "warmup", help="compile for the CPU ahead of the first step, into the disk cache"
     )
     warmup.add_argument("dtype", nargs="*", help=f"{', '.join(DTYPES)} (default: float32)")
+    warmup.add_argument(
+        "--only", nargs="+", choices=NAMES, metavar="NAME", default=NAMES,
+        help="losses (functions, such as mse_loss) and optimizers (default: all)",
+    )  # fmt: skip
     arguments = parser.parse_args()
     if arguments.command == "warmup":
         if unknown := set(arguments.dtype) - DTYPES.keys():
             parser.error(f"no dtype {', '.join(unknown)} (choose from {', '.join(DTYPES)})")
-        warm_up(arguments.dtype or ["float32"])
+        warm_up(arguments.dtype or ["float32"], arguments.only)
     else:
         report()
 

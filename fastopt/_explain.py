@@ -52,8 +52,10 @@ def explain(subject: Any, /, *args: Any, **kwargs: Any) -> Explanation:
         kwargs, subject = {**subject._options(), **kwargs}, type(subject)._function
     if hasattr(subject, "decide"):
         return Explanation((subject.decide(*args, **kwargs),))
+    known = {"fastopt.nn": MODULES, "fastopt.nn.functional": FUNCTIONS, "fastopt.optim": OPTIMIZERS}
+    supported = "; ".join(f"{', '.join(names)} of {module}" for module, names in known.items())
     raise TypeError(
         f"cannot explain an object of {type(subject).__module__}.{type(subject).__name__} "
-        f"(supported: {', '.join((*FUNCTIONS, *MODULES, *OPTIMIZERS))} of fastopt)"
+        f"(supported: {supported})"
         f"{wrapper_hint(subject)}"
     )

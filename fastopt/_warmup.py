@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 
@@ -31,15 +30,22 @@ _OPTIMIZERS: dict[str, tuple[dict[str, float], ...]] = {
 }
 
 
-def jobs(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+#: The losses and optimizers that there is something to compile for.
+NAMES = (*OPERATIONS, *_OPTIMIZERS)
+
+
+def jobs(
+    dtype: torch.dtype, only: Collection[str] = NAMES
+) -> Iterator[tuple[str, Callable[[], object]]]:
     """What is to be compiled for a dtype: its name, and a call that needs it."""
-    for name, operation in OPERATIONS.items():
+    for name in [n for n in OPERATIONS if n in only]:
+        operation = OPERATIONS[name]
         for options in operation.variants:
             for size in _SIZES:
                 for tensors in usual(operation, size, dtype):
                     yield name, _loss(functools.partial(FUNCTIONS[name], **tensors, **options))
-    for name, settings in _OPTIMIZERS.items():
-        for numbers in settings:
+    for name in [n for n in _OPTIMIZERS if n in only]:
+        for numbers in _OPTIMIZERS[name]:
             for size in _SIZES:
                 p = torch.nn.Parameter(torch.zeros(size, dtype=dtype))
                 p.grad = torch.zeros_like(p)
@@ -56,14 +62,14 @@ def _loss(value: Callable[[], Any]) -> Callable[[], None]:
     return call
 
 
-def warm_up(dtypes: list[str]) -> None:
+def warm_up(dtypes: list[str], only: Collection[str] = NAMES) -> None:
     """Compile for these dtypes, names of DTYPES; what is in the disk cache already is read."""
     begin = time.perf_counter()
-    widest = max(map(len, (*FUNCTIONS, *OPTIMIZERS)))
+    widest = max(map(len, only))
     with use_backend("numba"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of torch's, about usual calls
         for dtype in dtypes:
-            for name, job in jobs(DTYPES[dtype]):
+            for name, job in jobs(DTYPES[dtype], only):
                 start = time.perf_counter()
                 try:
                     job()

@@ -92,11 +92,12 @@ def test_warmup(tmp_path: Path) -> None:
     code = """
 import runpy, sys, torch
 torch.set_num_threads(2)
-sys.argv = ["fastopt", "warmup"]
+sys.argv = "fastopt warmup --only mse_loss l1_loss cross_entropy AdamW SGD".split()
 runpy.run_module("fastopt", run_name="__main__")
 """
     words = run_code(code, folder)
     assert "AdamW" in words
+    assert "RMSprop" not in words
     assert "float32" in words
     assert "bfloat16" not in words
     first = cached(folder)

@@ -28,6 +28,8 @@ import torch
 from children import ROOT, run
 
 import fastopt
+from fastopt.nn._operations import FUNCTIONS, MODULES
+from fastopt.optim._operations import OPTIMIZERS
 
 DOCS = ROOT / "docs"
 PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in DOCS.glob("*.md")))
@@ -156,18 +158,18 @@ def test_links_lead_somewhere(page: str) -> None:
 
 def documented() -> dict[str, Any]:
     """The public functions and classes that have an example, by name."""
-    found = {}
-    for module in (fastopt, fastopt.nn, fastopt.nn.functional, fastopt.optim):
-        for name in module.__all__:
-            if ">>>" in (getattr(module, name).__doc__ or ""):
-                found[f"{module.__name__}.{name}"] = getattr(module, name)
-    return found
+    public: dict[str, Any] = {name: getattr(fastopt, name) for name in fastopt.__all__}
+    public |= {f"nn.{name}": kind for name, kind in MODULES.items()}
+    public |= {f"nn.functional.{name}": function for name, function in FUNCTIONS.items()}
+    public |= {f"optim.{name}": kind for name, kind in OPTIMIZERS.items()}
+    return {f"fastopt.{name}": p for name, p in public.items() if ">>>" in (p.__doc__ or "")}
 
 
 def names() -> dict[str, Any]:
     """What examples take as given."""
     model = torch.nn.Linear(4, 4)
-    x, y = torch.randn(6, 4), torch.randn(6, 4)
+    x, y, signs = torch.randn(6, 4), torch.rand(6, 4), torch.randint(2, (6, 4)) * 2 - 1
+    better, worse, distances = torch.rand(3, 6, 4).requires_grad_().unbind()
     return {
         "fastopt": fastopt,
         "torch": torch,
@@ -176,6 +178,17 @@ def names() -> dict[str, Any]:
         "loss": model(x).square().mean(),
         "x": x,
         "y": y,
+        "signs": signs,
+        "similar": signs,
+        "better": better,
+        "worse": worse,
+        "distances": distances,
+        "boxes": x,
+        "mean": better,
+        "variance": worse + 0.1,
+        "counts": torch.randint(5, (6, 4)).float(),
+        "log_p": torch.log_softmax(x, -1),
+        "q": torch.softmax(y, -1),
         "input": x,
         "target": y,
         "images": x,

@@ -134,7 +134,7 @@ def test_report() -> None:
 
 
 def test_unknown_words() -> None:
-    for words in (["warmup", "float8"], ["warm"]):
+    for words in (["warmup", "float8"], ["warm"], ["warmup", "--only", "mse"]):
         child = subprocess.run(
             [sys.executable, "-m", "fastopt", *words], cwd=ROOT, capture_output=True, text=True
         )
