@@ -6,6 +6,7 @@ import functools
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
 
