@@ -45,7 +45,7 @@ def _maker(operation: type[Operation]) -> Any:
     A type can't be a compile-time argument, but may be among the globals of a function that is.
     """
     fields = namedtuple(operation.__name__, (*operation.numbers, *operation.flags))
-    return _compiled(FunctionType(_make.__code__, {"FIELDS": fields, "tl": tl}, "make"))
+    return _compiled(FunctionType(_make.__code__, {"FIELDS": fields, "tl": tl}, "_make"))
 
 
 def constants_of(record: Operation) -> dict[str, Any]:

@@ -34,8 +34,8 @@ from .vector_math import quotient
 
 # Numbers of a column that a program has at a time, or bytes of a row that is longer but whole. A
 # thread has 64 bytes of each column, so 256 threads at most, with all the registers they can have.
-TILE, WHOLE_BYTES = 2048, 1 << 14
-THREADS, BYTES = 128, 64
+TILE, WHOLE_BYTES = 1024, 1 << 14
+THREADS, BYTES = 128, 32
 
 Tensors = tuple[torch.Tensor | None, ...]
 
