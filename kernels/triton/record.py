@@ -29,12 +29,12 @@ def _compiled(function: Any) -> Any:
     function.__globals__.setdefault("tl", tl)  # the interpreter looks for it there
     for annotation in function.__annotations__.values():
         # Triton looks them up, and takes no names but those of its own module.
-        names = re.findall(r"[^\W\d]\w*", annotation)
+        names = re.findall(r"[^\W\d]\w*", str(annotation))
         function.__globals__.update(dict.fromkeys(names, tl.constexpr))
     return device_function(function)
 
 
-def _make(numbers, flags: tl.constexpr):  # type: ignore[no-untyped-def]
+def _make(numbers, flags: tl.constexpr):
     return FIELDS(*numbers, *flags)  # type: ignore[name-defined]  # noqa: F821
 
 
@@ -44,18 +44,20 @@ def _maker(operation: type[Operation]) -> Any:
 
     A type can't be a compile-time argument, but may be among the globals of a function that is.
     """
-    fields = namedtuple(operation.__name__, (*operation.numbers, *operation.flags))
+    names = (*operation.numbers, *operation.flags)
+    fields: Any = namedtuple("Record", names)  # type: ignore[misc]
     return _compiled(FunctionType(_make.__code__, {"FIELDS": fields, "tl": tl}, "_make"))
 
 
-def constants_of(record: Operation) -> dict[str, Any]:
+def constants_of(record: Any) -> dict[str, Any]:
     """The compile-time arguments of a kernel that make a record, as MAKE(numbers, FLAGS).
 
     That belongs among the arguments of a call: an assignment would make numbers of flags. Triton
     knows a function by its source alone, hence the names.
     """
-    names = (*record.numbers, *record.flags)
-    return {"MAKE": _maker(type(record)), "NAMES": names, "FLAGS": record.settings}
+    operation: Any = type(record)
+    names = (*operation.numbers, *operation.flags)
+    return {"MAKE": _maker(operation), "NAMES": names, "FLAGS": record.settings}
 
 
 def record_numbers(record: Operation, compute: torch.dtype) -> tuple[float | int, ...]:
