@@ -35,7 +35,9 @@ def loss(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> torch.Te
     device = next(iter(given.values())).device
     warned = isinstance(record, Loss) and record.warning(options.reduction, *tensors)
     with torch.autocast(device.type, enabled=False), _silence() if warned else nullcontext():
-        result: torch.Tensor = record.__class__.twin(**given, **asdict(record), reduction=options.reduction)
+        result: torch.Tensor = record.__class__.twin(
+            **given, **asdict(record), reduction=options.reduction
+        )
     return result
 
 
