@@ -6,12 +6,14 @@ import functools
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
 
 from .dispatch import use_backend
 from .errors import BackendUnavailable
 from .front.call import FUNCTIONS as OPERATIONS
+from .front.call import RouteCache
 from .front.samples import usual
 from .nn._operations import FUNCTIONS
 from .optim._operations import OPTIMIZERS
@@ -52,8 +54,9 @@ def jobs(
                 yield name, OPTIMIZERS[name]([p], **numbers).step
 
 
-def _loss(value: Callable[[], torch.Tensor]) -> Callable[[], None]:
+def _loss(value: Callable[[], Any]) -> Callable[[], None]:
     def call() -> None:
+        RouteCache.forget()  # what earlier calls have taught about backward passes
         value().backward()
         (value() * 0.5).backward()  # where the backward pass computes the gradient
         with torch.no_grad():
