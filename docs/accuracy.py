@@ -30,16 +30,20 @@ of the test table ([cases.py](../tests/cases.py)) that have at least 600 element
 numbers; for an optimizer over one step from a state that torch's steps have made. Measured
 with torch {torch} on {machine}.
 
-No error is larger than torch's: `make test` measures it anew with fresh numbers. Half precision
-is computed in float32 and rounded once, sums are added with their rounding errors kept.
+No root mean square is larger than torch's; `make test` measures it anew. A single element may well
+be further from the exact one than torch's, as both round. Half precision is computed in float32
+and rounded once, sums are added with their rounding errors kept.
 """
 
 TAIL = """\
 ## Determinism
 
-The same call gives the same bits: in every run, on any number of threads, on any Numba threading
-layer and in a forked child (`tests/test_processes.py`). What a sum's order depends on is its
-length alone. On a GPU no reduction uses atomics.
+A call that the CPU's kernels serve gives the same bits in every run on one machine: on any number
+of threads, on any Numba threading layer and in a forked child (`tests/test_processes.py`). What a
+sum's order depends on is its length alone. What is torch's own code (small losses, see
+[Dispatch](dispatch.md#sizes-from-which-kernels-serve)) is as torch is, whose sums depend on the
+number of threads: `fastopt.use_backend("numba")` is the way round. Another kind of processor may
+give other last digits. On a GPU no reduction uses atomics; none has run on one yet.
 """
 
 

@@ -48,7 +48,7 @@ def explain(subject: Any, /, *args: Any, **kwargs: Any) -> Explanation:
         if args or kwargs:
             raise TypeError("an optimizer is explained by itself, without further arguments")
         return Explanation(subject._decisions())
-    if isinstance(subject, LossModule):
+    if isinstance(subject, LossModule) and not hasattr(subject, "decide"):
         kwargs, subject = {**subject._options(), **kwargs}, type(subject)._function
     if hasattr(subject, "decide"):
         return Explanation((subject.decide(*args, **kwargs),))

@@ -255,7 +255,7 @@ def _triton_version() -> tuple[int, ...]:
 @functools.cache
 def _interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter, on CPU tensors."""
-    if not _found("triton"):
+    if not _found("triton") or _triton_version() < _MINIMUM_TRITON:  # which may have no knobs
         return False
     from triton import knobs
 

@@ -36,14 +36,14 @@ class Walk(NamedTuple):
     steps: tuple[tuple[int, int, int], ...]
 
     @property
-    def count(self) -> int:
+    def places(self) -> int:
         return self.first * self.second * self.inner
 
 
 def walk(operands: Tensors) -> tuple[Tensors, Walk]:
     """The walk over some operands, of which some may have to be copied for it."""
     given = [t for t in operands if t is not None]
-    shape = tuple(torch.broadcast_shapes(*[t.shape for t in given]))
+    shape = tuple(torch.broadcast_shapes(*[t.shape for t in given]))  # type: ignore[no-untyped-call]
     whole = [t for t in given if tuple(t.shape) == shape]
     if all(t.numel() == 1 or tuple(t.shape) == shape for t in given) and whole:
         like = whole[0] if is_dense(whole[0]) else whole[0].contiguous()
@@ -97,4 +97,5 @@ def _merged(tensors: Tensors, shape: tuple[int, ...]) -> Walk | None:
     found = tuple(
         (0, 0, 0) if s is None else (lambda c: (c[0], c[1], c[2]))(next(columns)) for s in strides
     )
-    return Walk(shape, False, *sizes, found)
+    first, second, inner = sizes
+    return Walk(shape, False, first, second, inner, found)

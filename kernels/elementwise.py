@@ -37,7 +37,7 @@ def divisor_of(options: Options, tensors: Tensors, place: Walk) -> float | None:
         assert first is not None
         return float(first.shape[0] if first.dim() else 1) or math.nan
     if options.reduction == "mean":
-        return None if mass_of(options, tensors) is not None else float(place.count) or math.nan
+        return None if mass_of(options, tensors) is not None else float(place.places) or math.nan
     return 1.0
 
 
@@ -46,7 +46,8 @@ def mass_of(options: Options, tensors: Tensors) -> torch.Tensor | None:
     record: Any = options.record
     if options.reduction != "mean" or record.averaged_by is None:
         return None
-    return tensors[record.operands.index(record.averaged_by)]
+    mass: torch.Tensor | None = tensors[record.operands.index(record.averaged_by)]
+    return mass
 
 
 def empty_like_walk(

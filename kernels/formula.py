@@ -38,7 +38,7 @@ def translate(
         code = code.replace(co_consts=tuple(constants))
     names = dict(function.__globals__)
     for name in code.co_names:
-        value = names.get(name)
+        value: Any = names.get(name)
         if isinstance(value, ModuleType) and value.__name__ in VOCABULARIES:
             names[name] = vocabulary
         elif number is not None and type(value) in (int, float):
@@ -52,4 +52,5 @@ def translate(
         code, names, function.__name__, function.__defaults__, function.__closure__
     )
     result.__module__, result.__qualname__ = function.__module__, function.__qualname__
+    result.__annotations__ = function.__annotations__
     return result

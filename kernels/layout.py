@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 
 __all__ = [
-    "ClassAxis", "class_axis", "dense_axis", "is_dense", "is_released", "released_error",
-    "same_layout", "view_along",
+    "ClassAxis", "class_axis", "classes_last", "dense_axis", "is_dense", "is_released",
+    "released_error", "same_layout", "view_along",
 ]  # fmt: skip
 
 
@@ -61,6 +61,15 @@ def class_axis(tensor: torch.Tensor) -> ClassAxis | None:
                 return None
         inner *= size
     return ClassAxis(shape[1], shape[0], inner, strides[0], inner_stride, strides[1])
+
+
+def classes_last(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy of it, with classes side by side."""
+    axis, d = class_axis(tensor), min(1, tensor.dim() - 1)
+    if axis is not None and axis.class_stride == 1:
+        return tensor
+    # a clone: to `contiguous` the stride of a dimension of size 1 is as good as any
+    return tensor.movedim(d, -1).clone(memory_format=torch.contiguous_format).movedim(-1, d)
 
 
 def dense_axis(x: ClassAxis) -> ClassAxis:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .operation import Elementwise, Options
+from .operation import Elementwise, Gather, Options, Rowwise
 
 __all__ = ["Loops", "Tensors"]
 
@@ -15,14 +15,21 @@ Tensors = tuple[torch.Tensor | None, ...]
 
 
 class Loops(NamedTuple):
-    """A backend's two loops, each a module with `forward` and `backward` as below."""
+    """A backend's loops, each a module with `forward` and `backward` as below."""
 
     flat: ModuleType
+    rows: ModuleType
     softmax: ModuleType
+    gather: ModuleType
 
     def of(self, options: Options) -> ModuleType:
         """The one that serves a loss."""
-        return self.flat if isinstance(options.record, Elementwise) else self.softmax
+        record = options.record
+        if isinstance(record, Elementwise):
+            return self.flat
+        if isinstance(record, Rowwise):
+            return self.rows
+        return self.gather if isinstance(record, Gather) else self.softmax
 
     def forward(
         self, options: Options, tensors: Tensors, needs: tuple[bool, ...]

@@ -1,7 +1,7 @@
 """What an operation is to a backend: a record of its options with a formula as a method.
 
 The *type* of a record chooses the code that a loop is compiled with. Its fields of type float
-are numbers that a kernel is given; those of type bool are part of the compiled code.
+are numbers that a kernel is given; those of type bool or int are part of the compiled code.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import torch
 
-__all__ = ["Elementwise", "Operation", "Options", "Softmax"]
+__all__ = ["Elementwise", "Gather", "Loss", "Operation", "Options", "Rowwise", "Softmax"]
 
 
 @dataclass_transform(frozen_default=True)
@@ -21,7 +21,8 @@ class Operation:
     """The base of all records. A subclass is a frozen dataclass by itself.
 
     Attributes:
-        numbers, flags: the names of the fields of type float, and of type bool.
+        numbers, flags: the names of the fields of type float, and of type bool or int.
+        formulas: the names of the methods that are compiled.
         twin: torch's function.
         operands: the names of the tensors.
         arranged: whether `arrange` has something to do.
@@ -35,6 +36,7 @@ class Operation:
 
     numbers: ClassVar[tuple[str, ...]]
     flags: ClassVar[tuple[str, ...]]
+    formulas: ClassVar[tuple[str, ...]] = ()
     _fields: ClassVar[tuple[str, ...]]
     twin: ClassVar[Any]
     operands: ClassVar[tuple[str, ...]]
@@ -43,7 +45,6 @@ class Operation:
     crossover: ClassVar[int]
     row_crossover: ClassVar[Mapping[int, tuple[tuple[int, int], ...]]] = {}
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
-    _formula: ClassVar[str | None] = None
 
     def __init_subclass__(cls) -> None:
         if cls.__dict__.get("_abstract"):
@@ -51,7 +52,7 @@ class Operation:
         dataclasses.dataclass(frozen=True)(cls)
         fields = dataclasses.fields(cls)  # type: ignore[arg-type]
         cls.numbers = tuple(f.name for f in fields if f.type in ("float", float))
-        cls.flags = tuple(f.name for f in fields if f.type in ("bool", bool))
+        cls.flags = tuple(f.name for f in fields if f.type in ("bool", bool, "int", int))
         cls._fields = (*cls.numbers, *cls.flags)
 
     @property
@@ -60,12 +61,60 @@ class Operation:
         return tuple([float(getattr(self, name)) for name in self.numbers])
 
     @property
-    def settings(self) -> tuple[bool, ...]:
+    def settings(self) -> tuple[int, ...]:
         """The flags, in their order."""
-        return tuple([bool(getattr(self, name)) for name in self.flags])
+        return tuple([getattr(self, name) for name in self.flags])
 
 
-class Elementwise(Operation):
+class Loss(Operation):
+    """A loss that formulas say all about.
+
+    Attributes:
+        reductions: those it has.
+        required: the operands that have to be given.
+        followed: the operands that there is a derivative by.
+        constants: the operands that have no derivative in torch, either.
+        decisive: the operands whose dtypes decide about the result's.
+        integers: the operands that may be integers.
+        label: the operand that holds class indices, if there is one.
+        same_dtypes: whether all operands have to be of one dtype.
+        halves_on_cpu: whether torch has it in half precision on the CPU.
+        autocast: whether it is on autocast's float32 list.
+        domains: what the numbers of an operand are, where not any: "unit" for 0 to 1, "positive",
+            "sign" for 1 or -1, "log" for logarithms of probabilities.
+    """
+
+    _abstract = True
+    reductions: ClassVar[tuple[str, ...]] = ("none", "mean", "sum")
+    required: ClassVar[tuple[str, ...]]
+    followed: ClassVar[tuple[str, ...]]
+    constants: ClassVar[tuple[str, ...]] = ()
+    decisive: ClassVar[tuple[str, ...]]
+    integers: ClassVar[tuple[str, ...]] = ()
+    label: ClassVar[str | None] = None
+    same_dtypes: ClassVar[bool] = False
+    halves_on_cpu: ClassVar[bool] = True
+    autocast: ClassVar[bool] = True
+    domains: ClassVar[dict[str, str]] = {}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.arranged = cls.arrange is not Loss.arrange
+
+    def refuse(self) -> str | None:
+        """The option of which torch has to say what is wrong with it, if there is one."""
+        return None
+
+    def arrange(self, *operands: Any) -> tuple[Any, ...] | None:
+        """The operands as a kernel takes them; None where torch refuses their sizes."""
+        return operands
+
+    def warning(self, reduction: str, *operands: Any) -> str | None:
+        """What torch warns of at such a call."""
+        return None
+
+
+class Elementwise(Loss):
     """A loss whose value at a place depends on its operands at that place alone.
 
     `value_and_slopes(h, *operands)` is the formula: from one number of each operand (1 for one
@@ -76,50 +125,30 @@ class Elementwise(Operation):
         factor: what all derivatives are still to be multiplied by. It goes into the scale of
             the gradients ahead of all elements, where a factor in the formula might overflow.
         averaged_by: the operand, if given, by whose sum the mean divides.
-        reductions: those it has.
-        integers: the operands that may be integers.
-        constants: the operands that have no derivative in torch, either.
-        domains: what the numbers of an operand are, where not any: "unit" for 0 to 1, "positive",
-            "sign" for 1 or -1, "log" for logarithms of probabilities.
-        same_sizes, same_dtypes: whether the first two operands have to be of one size, and all
-            operands of one dtype.
+        same_sizes: whether the first two operands have to be of one size.
         weighted_as_input: whether the other operands have to be of the first one's size.
         warns_of_sizes: whether torch warns where the first two operands are of different sizes.
     """
 
     _abstract = True
-    _formula = "value_and_slopes"
+    formulas = ("value_and_slopes",)
     slopes: ClassVar[int] = 1
     factor: ClassVar[float] = 1.0
     averaged_by: ClassVar[str | None] = None
-    reductions: ClassVar[tuple[str, ...]] = ("none", "mean", "sum")
-    integers: ClassVar[tuple[str, ...]] = ()
-    constants: ClassVar[tuple[str, ...]] = ()
-    domains: ClassVar[dict[str, str]] = {}
     same_sizes: ClassVar[bool] = False
-    same_dtypes: ClassVar[bool] = False
     weighted_as_input: ClassVar[bool] = False
     warns_of_sizes: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         parameters = inspect.signature(cls.value_and_slopes).parameters
-        cls.operands = tuple(parameters)[1:]
-        cls.arranged = cls.arrange is not Elementwise.arrange
+        cls.operands = cls.decisive = tuple(parameters)[1:]
+        cls.required, cls.followed = cls.operands[:2], cls.operands[: cls.slopes]
 
     def value_and_slopes(self, *operands: Any) -> Any:
         raise NotImplementedError
 
-    def refuse(self) -> str | None:
-        """The option of which torch has to say what is wrong with it, if there is one."""
-        return None
-
-    def arrange(self, *operands: Any) -> tuple[Any, ...] | None:
-        """The operands as they are broadcast; None where torch refuses their sizes."""
-        return operands
-
     def warning(self, reduction: str, *operands: Any) -> str | None:
-        """What torch warns of at such a call."""
         first, second = operands[:2]
         if not self.warns_of_sizes or first.shape == second.shape:
             return None
@@ -130,8 +159,64 @@ class Elementwise(Operation):
         )
 
 
+class Rowwise(Loss):
+    """A loss that has one value for a row, of what its operands are at the row's classes.
+
+    Its formulas, of numbers (1 for an operand that was not given):
+
+    - `fold(h, *at a class, *of the row)`: what is to be summed over the classes, a tuple;
+    - `finish(h, classes, *sums, *of the row)`: the value, and coefficients for `slopes`;
+    - `slopes(h, *coefficients, *at a class, *of the row)`: the derivatives by the columns there.
+
+    At a class are the columns and the weights of classes. Of the row are the numbers that it
+    has; and if it has a label, the columns and the weights there, and, but for `finish`, whether
+    the class is the label.
+
+    Attributes:
+        columns: the operands of a number for each class of each row, which have derivatives.
+        by_class: the operands of a number for each class.
+        by_row: the operands of a number for each row. (`label` has a class index for each.)
+        sums: how many numbers `fold` gives.
+        most_dims: how many dimensions columns may have, None for any number.
+    """
+
+    _abstract = True
+    formulas = ("fold", "finish", "slopes")
+    columns: ClassVar[tuple[str, ...]]
+    by_class: ClassVar[tuple[str, ...]] = ()
+    by_row: ClassVar[tuple[str, ...]] = ()
+    sums: ClassVar[int] = 1
+    most_dims: ClassVar[int | None] = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        of_row = (*cls.by_row, *([cls.label] if cls.label else []))
+        cls.operands = (*cls.columns, *cls.by_class, *of_row)
+        cls.required, cls.followed = (*cls.columns, *of_row), cls.columns
+        cls.decisive = (*cls.columns, *cls.by_class)
+
+    def fold(self, *numbers: Any) -> Any:
+        raise NotImplementedError
+
+    def finish(self, classes: Any, *numbers: Any) -> Any:
+        raise NotImplementedError
+
+    def slopes(self, *numbers: Any) -> Any:
+        raise NotImplementedError
+
+
 class Softmax(Operation):
     """A loss of a softmax over classes: of logits, a target and perhaps a weight for each class."""
+
+    _abstract = True
+    operands = ("input", "target", "weight")
+
+
+class Gather(Operation):
+    """A loss of one number for each position, that of its class: minus it times a class weight.
+
+    Its record has an `ignore_index`.
+    """
 
     _abstract = True
     operands = ("input", "target", "weight")

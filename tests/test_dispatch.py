@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import pickle
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -281,6 +282,17 @@ def test_triton_on_the_cpu() -> None:
         for call in (lambda: ours.mse_loss(x, x), optimizer.step):
             with pytest.raises(BackendUnavailable, match=r"device=cpu \(supported: cuda, xpu\)"):
                 call()
+
+
+def test_old_triton_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too old to say whether it interprets: refused, as on a GPU."""
+    pytest.importorskip("triton")
+    monkeypatch.setitem(sys.modules, "triton.knobs", None)  # as if there were none
+    monkeypatch.delattr("triton.knobs", raising=False)
+    monkeypatch.setattr(dispatch, "_triton_version", lambda: (3, 2))
+    monkeypatch.setattr(dispatch, "_interpreted", dispatch._interpreted.__wrapped__)
+    with pytest.raises(BackendUnavailable, match=r"triton \(3, 2\) \(supported: \(3, 6\)"):
+        choose(device="cpu", insisted="triton")
 
 
 def test_nesting_and_exceptions_restore() -> None:

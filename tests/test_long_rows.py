@@ -123,3 +123,15 @@ def test_it_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ran == [
         cross_entropy.softmax_long, cross_entropy.softmax_rows, cross_entropy.softmax_rows
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("classes", [300, 2 * SEGMENT + 1])
+def test_infinite_gradient_of_the_loss(classes: int) -> None:
+    """Off the label it is infinite, as torch's, and not the NaN of 0 times infinity."""
+    x, labels = torch.randn(3, classes, requires_grad=True), torch.tensor([0, 7, classes - 1])
+    with fastopt.use_backend("numba"):
+        loss = ours.cross_entropy(x, labels)
+    expected = torch.autograd.grad(theirs.cross_entropy(x, labels), x, torch.tensor(INF))
+    found = torch.autograd.grad(loss, x, torch.tensor(INF))
+    off = torch.arange(classes) != labels[:, None]  # at the label torch has inf - inf
+    torch.testing.assert_close(found[0][off], expected[0][off])

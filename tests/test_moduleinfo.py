@@ -310,7 +310,7 @@ def test_strange_calls(name: str) -> None:
 
 
 def scripted(module: Any) -> Any:
-    with pytest.warns(DeprecationWarning, match="jit.script"):
+    with pytest.warns((DeprecationWarning, FutureWarning), match="jit.script"):
         return torch.jit.script(module)
 
 

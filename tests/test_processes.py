@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
 import traceback
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -78,10 +82,13 @@ def fork_after_use() -> None:
     expected = results(0)
 
     def check() -> None:
-        from fastopt.kernels.numba import threads
+        from fastopt.kernels.numba import cross_entropy, multi_tensor, pointwise, threads
 
         assert_same(results(0), expected)
         assert threads.parts_for(1 << 30, 1) == 1, "a forked child runs serially"
+        for loop in (cross_entropy, multi_tensor, pointwise):  # and whatever has been decided
+            loop.parts_for = lambda work, grain: 2
+        assert_same(results(0), expected)
 
     in_fork(check)
     in_fork(lambda: in_fork(check))
@@ -188,3 +195,176 @@ def test_thread_counts(first: int | None) -> None:
 @pytest.mark.parametrize("variable", ["OMP_NUM_THREADS", "NUMBA_NUM_THREADS"])
 def test_thread_counts_with_one_thread_in_the_environment(variable: str) -> None:
     run(thread_counts, None, **{variable: "1"})
+
+
+# -- how many threads run ---------------------------------------------------------------
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+two_cores = pytest.mark.skipif(CORES < 2, reason="takes two cores")
+linux = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="asks Linux")
+
+
+def no_threads(why: str) -> None:
+    """Where one thread is set, or one core is left, numba's are never started."""
+    import numba
+
+    expected = results(0)
+    assert_right(expected, 0)
+    before = len(os.listdir("/proc/self/task"))
+    if why == "one core":
+        assert torch.get_num_threads() == 2
+    assert_same(results(0), expected)
+    assert len(os.listdir("/proc/self/task")) == before
+    with pytest.raises(ValueError, match="not initialized"):
+        numba.threading_layer()
+
+
+def one_thread() -> None:
+    torch.set_num_threads(1)
+    no_threads("one thread")
+
+
+def one_core() -> None:
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # as OMP_PROC_BIND does to a thread
+    torch.set_num_threads(2)
+    no_threads("one core")
+
+
+@linux
+@pytest.mark.parametrize("function", [one_thread, one_core])
+def test_no_threads(function: Callable[[], None]) -> None:
+    run(function)
+
+
+@linux
+def test_numba_set_to_one_thread() -> None:
+    run(no_threads, "numba", NUMBA_NUM_THREADS="1")
+
+
+def as_many_threads_as_parts() -> None:
+    """Of six threads that numba could start, two work; and numba's setting stays."""
+    import numba
+
+    torch.set_num_threads(2)
+    assert_right(results(0), 0)
+    assert numba.get_num_threads() == 6
+    numba.set_num_threads(5)
+    results(0)
+    before = len(os.listdir("/proc/self/task"))
+    results(1)
+    assert numba.get_num_threads() == 5
+    assert torch.get_num_threads() == 2
+    assert len(os.listdir("/proc/self/task")) == before
+    with ThreadPoolExecutor(1) as other:
+        idle = other.submit(lambda: len(os.listdir("/proc/self/task"))).result()
+        teams = other.submit(lambda: (results(0), len(os.listdir("/proc/self/task")))[1]).result()
+    assert teams <= idle + 2, "a team of two each for torch and numba has one thread more each"
+
+
+@linux
+@two_cores
+def test_as_many_threads_as_parts() -> None:
+    run(as_many_threads_as_parts, NUMBA_NUM_THREADS="6", NUMBA_THREADING_LAYER="omp")
+
+
+def without_a_layer() -> None:
+    torch.set_num_threads(2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = results(0)
+        assert_same(results(0), found)
+    assert_right(found, 0)
+    said = [str(w.message) for w in caught if "runs on one thread" in str(w.message)]
+    assert len(said) == 1
+    assert "NUMBA_THREADING_LAYER" in said[0]
+    assert torch.get_num_threads() == 2
+
+
+@two_cores
+@pytest.mark.parametrize("layer", ["tbb", "nonsense"])
+def test_threading_layer_that_can_not_be_loaded(layer: str) -> None:
+    if layer == "tbb" and importlib.util.find_spec("tbb") is not None:
+        pytest.skip("it can")
+    run(without_a_layer, NUMBA_THREADING_LAYER=layer)
+
+
+# -- class indices that another thread overwrites ----------------------------------------
+
+SHAPES = [(300, 101), (300, 10), (3, 70_001), (4, 10, 50), (5, 200, 3)]
+
+
+def labels_gone_bad() -> None:
+    """Right when they were checked, and out of range when they are used."""
+    from fastopt.kernels.numba import cross_entropy
+
+    torch.set_num_threads(2)
+    kinds = ((torch.float32, 0.0, False), (torch.bfloat16, 0.1, True))
+    for shape, kind, number, reduction in itertools.product(
+        SHAPES, kinds, (1 << 40, -(1 << 40), -1), ("mean", "none")
+    ):
+        dtype, smoothing, weighted = kind
+        x = torch.randn(shape).to(dtype).requires_grad_()
+        y = torch.randint(0, shape[1], (shape[0], *shape[2:]))
+        options = {
+            "label_smoothing": smoothing,
+            "weight": torch.rand(shape[1]).to(dtype) if weighted else None,
+            "reduction": reduction,
+        }
+        right = y.clone()
+        y.view(-1)[-1] = number
+
+        def check(*arguments: object, count: int = y.numel()) -> tuple[bool, float]:
+            return True, float(count)
+
+        with fastopt.use_backend("numba"), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cross_entropy, "_target_check", lambda *dtypes: check)
+            with pytest.raises(IndexError, match=f"Target {number} is out of bounds"):
+                fastopt.nn.functional.cross_entropy(x, y, **options)
+            if reduction == "none":  # the gradient is computed in the backward pass
+                loss = fastopt.nn.functional.cross_entropy(x, right, **options)
+                right.numpy().reshape(-1)[0] = number  # unseen by autograd
+                with pytest.raises(IndexError, match=f"Target {number} is out of bounds"):
+                    loss.sum().backward()
+
+
+def test_labels_gone_bad() -> None:
+    run(labels_gone_bad)
+
+
+def labels_overwritten_meanwhile() -> None:
+    """Whatever another thread does to them: a result or an IndexError, and the process goes on."""
+    torch.set_num_threads(2)
+    rng = np.random.default_rng(0)
+    for shape in SHAPES:
+        count = shape[0] * int(np.prod(shape[2:]))
+        memory = np.zeros(count, np.int64)
+        numbers = rng.integers(-(1 << 50), 1 << 50, 64)
+        stop = threading.Event()
+
+        def overwrite(memory=memory, numbers=numbers, stop=stop) -> None:  # type: ignore[no-untyped-def]
+            for turn in itertools.cycle(range(64)):
+                memory[turn % len(memory)] = numbers[turn]
+                memory[:] = 0
+                if stop.is_set():
+                    return
+
+        labels = torch.from_numpy(memory).view(shape[0], *shape[2:])
+        x, weight = torch.randn(shape), torch.rand(shape[1])
+        with ThreadPoolExecutor(1) as other:
+            running = other.submit(overwrite)
+            try:
+                for turn in range(60):
+                    leaf = x.clone().requires_grad_()
+                    kept = weight if turn % 2 else None
+                    with contextlib.suppress(IndexError), fastopt.use_backend("numba"):
+                        fastopt.nn.functional.cross_entropy(leaf, labels, kept).backward()
+            finally:
+                stop.set()
+            running.result()
+        with fastopt.use_backend("numba"):
+            found = fastopt.nn.functional.cross_entropy(x, labels)
+        torch.testing.assert_close(found, torch.nn.functional.cross_entropy(x, labels))
+
+
+def test_labels_overwritten_meanwhile() -> None:
+    run(labels_overwritten_meanwhile)

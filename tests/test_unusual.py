@@ -90,7 +90,7 @@ def test_scripted(name: str, rows: int) -> None:
     candidates += [of_labels] if name == "cross_entropy" else [of_numbers, Module()]
     for candidate in candidates:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)
+            warnings.filterwarnings("ignore", ".*torch.jit.script")
             scripted = torch.jit.script(candidate)
         torch.testing.assert_close(scripted(*tensors), candidate(*tensors))
 

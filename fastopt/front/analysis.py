@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Request
-from ..kernels.operation import Elementwise, Operation, Options
+from ..kernels.operation import Elementwise, Loss, Operation, Options, Rowwise
 
 __all__ = ["Call", "analyse"]
 
@@ -54,16 +54,17 @@ def record_of(
         else:
             values[name] = float(value)
     for name in operation.flags:
-        value = arguments[name]
-        if type(value) is not bool:
-            special.append(f"{name}={value!r}")
+        value, kind = arguments[name], type(getattr(operation, name))
+        whole = isinstance(value, numbers.Real) and float(value).is_integer()
+        if (type(value) is bool) == (kind is bool) and whole:
+            values[name] = kind(value)
         else:
-            values[name] = value
+            special.append(f"{name}={value!r}")
     return operation(**values)
 
 
-def analyse(operation: type[Any], function: str, arguments: dict[str, Any]) -> Call | None:
-    """Summarise a call of an elementwise loss.
+def analyse(operation: type[Loss], function: str, arguments: dict[str, Any]) -> Call | None:
+    """Summarise a call of a loss that formulas say all about.
 
     Args:
         operation: the record's class.
@@ -82,20 +83,25 @@ def analyse(operation: type[Any], function: str, arguments: dict[str, Any]) -> C
     operands = record.arrange(*[arguments[name] for name in operation.operands])
     if operands is None or not all(t is None or isinstance(t, Tensor) for t in operands):
         return None
-    given = [t for t in operands if t is not None]
-    try:
-        shape = torch.broadcast_shapes(*[t.shape for t in given])
-    except RuntimeError:
+    named = dict(zip(operation.operands, operands, strict=True))
+    given = {name: t for name, t in named.items() if t is not None}
+    if not all(name in given for name in operation.required):
         return None
-    special += _size_specials(operation, operands, shape)
-    special += _dtype_specials(operation, operands)
-    for name, t in list(zip(operation.operands, operands, strict=True))[operation.slopes :]:
-        if t is not None and t.requires_grad and name not in operation.constants:
+    if issubclass(operation, Elementwise):
+        try:
+            shape = torch.broadcast_shapes(*[t.shape for t in given.values()])  # type: ignore[no-untyped-call]
+        except RuntimeError:
+            return None
+        special += _size_specials(operation, operands, shape)
+    elif issubclass(operation, Rowwise):
+        special += _row_specials(operation, given)
+    special += _dtype_specials(operation, given)
+    for name, t in given.items():
+        if t.requires_grad and name not in operation.followed + operation.constants:
             special.append(f"a gradient to the {name}")
     reduction = arguments["reduction"]
-    call = prepare(
-        function, record, operation.reductions, reduction, _result_dtype(given), operands, special
-    )
+    dtype = _result_dtype([given[name] for name in operation.decisive if name in given])
+    call = prepare(function, record, operation.reductions, reduction, dtype, operands, special)
     return call._replace(warning=record.warning(reduction, *operands))
 
 
@@ -117,16 +123,46 @@ def _size_specials(
     return special
 
 
-def _dtype_specials(operation: type[Elementwise], operands: tuple[Tensor | None, ...]) -> list[str]:
+def _row_specials(operation: type[Rowwise], given: dict[str, Tensor]) -> list[str]:
+    shape = given[operation.columns[0]].shape
+    if not shape or not shape[-1] or len(shape) > (operation.most_dims or len(shape)):
+        return [f"an {operation.columns[0]} of size {tuple(shape)}"]
+    right = dict.fromkeys(operation.columns, shape)
+    right |= dict.fromkeys(operation.by_class, shape[-1:])
+    return [
+        f"a {name} of size {tuple(t.shape)} for {tuple(shape)}"
+        for name, t in given.items()
+        if t.shape != right.get(name, shape[:-1])
+    ]
+
+
+#: What is taken for a number. (Of others, as bool and uint8, torch refuses or wraps a sign.)
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _dtype_specials(operation: type[Loss], given: dict[str, Tensor]) -> list[str]:
+    from .call import autocasts
+
     special = []
-    for name, t in zip(operation.operands, operands, strict=True):
-        if t is None or t.is_floating_point() or t.is_complex():  # the latter by a rule of dispatch
-            continue
-        if name not in operation.integers:
+    first, *_ = given.values()
+    wide = any(given[name].dtype == torch.float64 for name in operation.decisive if name in given)
+    for name, t in given.items():
+        if name == operation.label:
+            right = t.dtype == torch.int64
+        elif t.is_floating_point() or t.is_complex():  # the latter by a rule of dispatch
+            right = name in operation.decisive or wide or t.dtype != torch.float64
+        else:
+            right = name in operation.integers and t.dtype in _INTEGERS
+        if not right:
             special.append(f"a {name} of dtype {t.dtype}")
-    dtypes = {t.dtype for t in operands if t is not None and t.is_floating_point()}
+    dtypes = {t.dtype for t in given.values() if t.is_floating_point()}
     if operation.same_dtypes and len(dtypes) > 1:
         special.append(f"operands of different dtypes: {', '.join(sorted(map(str, dtypes)))}")
+    if autocasts(first.device):
+        if not operation.autocast:
+            special.append("autocast, which leaves the parts of this loss alone")
+    elif not operation.halves_on_cpu and first.is_cpu and first.itemsize == 2:
+        special.append(f"{first.dtype} on the CPU, which torch refuses")
     return special
 
 

@@ -77,6 +77,7 @@ def prepare(
     # integers among the operands of an elementwise loss become numbers of the others' dtype
     numbers = [t.is_floating_point() or t.is_complex() for t in given]
     dtypes = tuple([t.dtype for k, t in enumerate(given) if numbers[k] or classes or k == label])
+    dtypes = dtypes or tuple([t.dtype for t in given])
     if autocasts(device):
         # Losses are on autocast's float32 list. A kernel computes in float32 anyway and
         # writes each gradient in its tensor's own dtype, so no cast copies are needed.
@@ -271,11 +272,14 @@ def loss(
         native: torch's function by a shorter way, for calls that need not be looked at.
         analysis: of a call's function and arguments, where that of an elementwise loss won't do.
     """
-    analysis = analysis or functools.partial(analyse, operation)
+    kind: Any = operation
+    analysis = analysis or functools.partial(analyse, kind)
 
     def decorate(documented: Callable[P, Tensor]) -> Callable[P, Tensor]:
         name = documented.__name__
-        torchs = operation.twin = getattr(F, name)
+        torchs: Callable[..., Tensor] = getattr(F, name)
+        if "twin" not in vars(operation):  # a second function of the same operation is another one
+            operation.twin = torchs
         signature = inspect.signature(documented)
         parameters = list(signature.parameters)
         fallback = torchs if native is None else native
@@ -314,7 +318,7 @@ def loss(
             key = _key(kwargs, values)
             route = cache.find(key)
             if route is None:
-                if (tracer := _tracer(*values)) is not None:
+                if (tracer := tracer_of(*values)) is not None:
                     node: Tensor = tracer.create_proxy("call_function", function, args, kwargs)
                     return node
                 if key is None and insisted() is None and _is_foreign(values):
@@ -353,7 +357,7 @@ def _has_nan(result: Tensor) -> bool:
         return bool(torch.isnan(result).any())
 
 
-def _tracer(*arguments: object) -> Any:
+def tracer_of(*arguments: object) -> Any:
     """What torch.fx traces a call with, if it does; such a call stays one of fastopt's."""
     return next((a.tracer for a in arguments if isinstance(a, torch.fx.Proxy)), None)
 

@@ -94,13 +94,8 @@ def _probability_specials(input: Tensor, target: Tensor, ignore_index: int) -> l
         return [f"sizes {tuple(input.shape)} and {tuple(target.shape)}"]
     if target.dtype != input.dtype:
         special.append(f"probabilities of dtype {target.dtype} for an input of {input.dtype}")
-    if target.requires_grad:
-        special.append("a gradient to the probabilities")
     if ignore_index >= 0:
         special.append(f"{ignore_index=} with probabilities")
-    x, t = class_axis(input), class_axis(target)
-    if x is None or t is None or x.class_stride != 1 or t.class_stride != 1:
-        special.append("probabilities whose classes do not lie side by side")
     return special
 
 

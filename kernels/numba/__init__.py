@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 
 from ..losses import Loops
-from . import cross_entropy, flat
+from . import cross_entropy, flat, gather, rows
 from .memory import empty_cache
 from .multi_tensor import launcher as step_launcher
 
 __all__ = ["backward", "empty_cache", "forward", "number_of", "step_launcher"]
 
-_loops = Loops(flat, cross_entropy)
+_loops = Loops(flat, rows, cross_entropy, gather)
 forward, backward = _loops.forward, _loops.backward
 
 

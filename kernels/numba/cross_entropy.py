@@ -5,6 +5,7 @@ mass = sum of k_c and p = softmax(x):
 
     loss         = mass * log sum exp(x - max) - sum of k_c (x_c - max)
     d loss / d x = mass * p_c - k_c
+    d loss / d t = weight_c * (log sum exp(x - max) - (x_c - max))
 
 A class index puts one coefficient, `hard` times its class weight, on top of an optional
 array `smooth`; probabilities give every class its own, t_c * weight_c + smooth_c.
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from numba.core import types
 
-from ..layout import ClassAxis, class_axis, dense_axis, view_along
+from ..layout import ClassAxis, class_axis, classes_last, dense_axis, view_along
 from ..operation import Options
 from ..reference import out_of_bounds
 from . import memory
@@ -65,6 +66,8 @@ def _prepare(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> _Cal
     input, target, weight = tensors
     assert input is not None
     assert target is not None
+    if target.is_floating_point():
+        input, target = classes_last(input), classes_last(target)
     axis = _axis(input)
     record: Any = options.record
     ignore_index, smoothing = record.ignore_index, record.label_smoothing
@@ -114,20 +117,20 @@ def _target_check(target: torch.dtype, weight: torch.dtype | None) -> Any:
 
 @functools.cache
 def _launcher(loop: Region, *dtypes: torch.dtype | None) -> Launcher:
-    """dtypes: of input, target, probability, weight, smooth, losses, grad, upstream, loss."""
+    """dtypes: of the tensors in the order of `_run`."""
     compute = "float64" if dtypes[0] == torch.float64 else "float32"
-    widths = [compute] * 5 + ["float64", compute, "float64", "float64"]
+    widths = [compute] * 5 + ["float64", compute, compute, "float64", "float64"]
     slots = [optional_pointer(d, k, w) for k, (d, w) in enumerate(zip(dtypes, widths, strict=True))]
-    slots.append(pointer("int64", 19))  # whether a class index was bad
-    scratch = [pointer(compute, k, compute) for k in range(9, 14)]
-    scratch += [pointer("float64", k, "float64") for k in range(14, 19)]
+    slots.append(pointer("int64", 20))  # whether a class index was bad
+    scratch = [pointer(compute, k, compute) for k in range(10, 15)]
+    scratch += [pointer("float64", k, "float64") for k in range(15, 20)]
     double, number = types.float64, getattr(types, compute)
     if loop is not softmax_tiles:
         exps = types.none if _in_place(dtypes[0], dtypes[6]) else scratch[1]
         lines = scratch[5:8] if loop is softmax_rows else scratch[5:9]
         last = (double, double, number, *[types.intp] * 8)
         return Launcher(loop, *slots, double, scratch[0], exps, *lines, *last)
-    del slots[2]
+    del slots[7], slots[2]
     last = (double, double, double, number, *[types.intp] * 12)
     return Launcher(loop, *slots, double, pointer("int64", 2), *scratch, *last)
 
@@ -144,11 +147,13 @@ def _run(
     upstream: torch.Tensor | None,
     loss: torch.Tensor | None,
     scale: float,
+    t_grad: torch.Tensor | None = None,
 ) -> None:
-    """Compute the positions' losses, or their sum, and the gradient, each if wanted.
+    """Compute the positions' losses, or their sum, and the gradients, each if wanted.
 
-    The gradient is scale * upstream[position] times the derivative of a position's loss,
-    or scale times it without upstream; loss is the sum of the losses over the denominator.
+    t_grad is that of the probabilities. A gradient is scale * upstream[position] times the
+    derivative of a position's loss, or scale times it without upstream; loss is the sum of the
+    losses over the denominator.
 
     Raises:
         IndexError: a class index was out of range when it was used.
@@ -158,7 +163,7 @@ def _run(
     divisor = call.denominator or math.nan  # the mean of nothing is NaN, as torch's
     tensors = (
         call.input, call.target, call.probability, call.weight, call.smooth, losses, grad,
-        upstream, loss,
+        t_grad, upstream, loss,
     )  # fmt: skip
     dtypes = [None if t is None else t.dtype for t in tensors]
     addresses = [None if t is None else t.data_ptr() for t in tensors]
@@ -207,7 +212,7 @@ def _run(
     columns += range(start + line * 8, start + 6 * line * 8, line * 8)
     mass = 0.0 if call.smooth is None else float(call.smooth.sum(dtype=torch.float64))
     g = dense_axis(x)
-    del addresses[2]
+    del addresses[7], addresses[2]
     good = _launcher(softmax_tiles, *dtypes)(
         parts, *addresses, bad, divisor, start, *columns, call.hard, mass, scale, 0.0,
         call.ignore_index, x.classes, x.inner, rows, x.outer_stride, x.inner_stride,
@@ -255,12 +260,14 @@ def forward(
         return losses, None, ()
     loss = torch.empty((), dtype=options.dtype, device="cpu")
     expected = options.grad_output
-    if expected is None or not needs[0]:
+    if expected is None or not any(needs):
         _run(call, None, None, None, loss, 0.0)
         return loss, None, ()
-    grad = _empty_gradient(call.input, call.axis)
-    _run(call, None, grad, None, loss, expected * _inverse(call.denominator))
-    return loss, (grad, None, None), ()
+    grad, t_grad = grads = [
+        _empty_gradient(call.input, call.axis) if need else None for need in needs[:2]
+    ]
+    _run(call, None, grad, None, loss, expected * _inverse(call.denominator), t_grad)
+    return loss, (*grads, None), ()
 
 
 def backward(
@@ -273,14 +280,15 @@ def backward(
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients for any grad_output, computed anew from the inputs."""
     call = _prepare(options, tensors)
-    grad = grads[0] if grads else None
-    if grad is None:
-        grad = _empty_gradient(call.input, call.axis)
+    grad, t_grad, _ = grads or [
+        _empty_gradient(call.input, call.axis) if need else None for need in needs
+    ]
     if options.reduction == "none":
-        _run(call, None, grad, grad_output.contiguous(), None, 1.0)
+        _run(call, None, grad, grad_output.contiguous(), None, 1.0, t_grad)
     else:
-        _run(call, None, grad, None, None, grad_output.item() * _inverse(call.denominator))
-    return grad, None, None
+        scale = grad_output.item() * _inverse(call.denominator)
+        _run(call, None, grad, None, None, scale, t_grad)
+    return grad, t_grad, None
 
 
 def _inverse(denominator: float) -> float:

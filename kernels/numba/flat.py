@@ -108,7 +108,7 @@ def flat_all(
 @functools.cache
 def _launcher(
     operation: type[Elementwise],
-    flags: tuple[bool, ...],
+    flags: tuple[int, ...],
     operands: tuple[tuple[torch.dtype, bool] | None, ...],
     values: torch.dtype | None,
     upstream: torch.dtype | None,
@@ -155,7 +155,7 @@ def _run(
     """Launch. The gradients are `scale` times the slopes, and upstream's elements, if given."""
     record: Any = options.record
     launch = _launcher(
-        type(record),
+        record.__class__,
         record.settings,
         tuple(
             None if t is None else (t.dtype, step[2] == 0)
@@ -171,7 +171,7 @@ def _run(
     sums = None if loss is None else torch.empty(-(-chunks // group), dtype=torch.float64)
     values_at, upstream_at, sums_at, loss_at = map(_address, (values, upstream, sums, loss))
     launch(
-        parts_for(place.count, GRAIN), numbers.ctypes.data, tuple(map(_address, operands)),
+        parts_for(place.places, GRAIN), numbers.ctypes.data, tuple(map(_address, operands)),
         steps.ctypes.data, values_at, tuple(map(_address, grads)), upstream_at, sums_at, loss_at,
         scale * record.factor, divisor, place.first, place.second, place.inner, group,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import NativeValue, intrinsic, models, register_model, unbox
 
-SLOTS = 20
+SLOTS = 21
 _BYTE = ir.IntType(8)
 _IR = {
     "float64": ir.DoubleType(),

@@ -29,13 +29,15 @@ from .compiler import FUNCTION_OPTIONS, inlined
 from .pointer import AddressModel, unbox_address
 from .reach import body_of
 
-__all__ = ["RecordType", "Values", "read_record", "value_and_slopes"]
+__all__ = [
+    "RecordType", "Values", "finish", "fold", "read_record", "slopes", "value_and_slopes",
+]  # fmt: skip
 
 
 class _OfRecord(types.Type):
     """A type that belongs to a record's class and the flags of a record."""
 
-    def __init__(self, words: str, record: type[Operation], flags: tuple[bool, ...]) -> None:
+    def __init__(self, words: str, record: type[Operation], flags: tuple[int, ...]) -> None:
         self.record, self.flags = record, flags
         super().__init__(f"{words} of {record.__module__}.{record.__qualname__}, {flags}")
 
@@ -44,12 +46,15 @@ class _OfRecord(types.Type):
         """A notebook may have several classes of one name."""
         return self.name, self.record
 
+    def flag(self, name: str) -> int:
+        return self.flags[self.record.flags.index(name)]
+
 
 class RecordType(_OfRecord):
     """A record, its numbers of type `compute`."""
 
     def __init__(
-        self, record: type[Operation], flags: tuple[bool, ...], compute: types.Type
+        self, record: type[Operation], flags: tuple[int, ...], compute: types.Type
     ) -> None:
         self.compute = compute
         super().__init__(f"Record in {compute}", record, flags)
@@ -58,7 +63,7 @@ class RecordType(_OfRecord):
 class Values(_OfRecord):
     """The address of a record's numbers, float64 ones in their order."""
 
-    def __init__(self, record: type[Operation], flags: tuple[bool, ...]) -> None:
+    def __init__(self, record: type[Operation], flags: tuple[int, ...]) -> None:
         super().__init__("Values", record, flags)
 
 
@@ -80,14 +85,16 @@ class _RecordAttribute(AttributeTemplate):
     def generic_resolve(self, typ: RecordType, attribute: str) -> Any:
         if attribute in typ.record.numbers:
             return typ.compute
-        return types.boolean if attribute in typ.record.flags else None
+        if attribute not in typ.record.flags:
+            return None
+        return types.boolean if type(typ.flag(attribute)) is bool else types.intp
 
 
 @lower_getattr_generic(RecordType)
 def _get(context: Any, builder: Any, typ: RecordType, value: Any, attribute: str) -> Any:
     if attribute in typ.record.flags:
-        flag = typ.flags[typ.record.flags.index(attribute)]
-        return context.get_constant(types.boolean, flag)
+        flag = typ.flag(attribute)
+        return context.get_constant(types.boolean if type(flag) is bool else types.intp, flag)
     return builder.extract_value(value, typ.record.numbers.index(attribute))
 
 
@@ -108,17 +115,22 @@ def read_record(typingctx: Any, values: Any, like: Any) -> Any:
     return record(values, like), codegen
 
 
-def value_and_slopes(record: Any, *operands: Any) -> Any:
-    """An elementwise loss and its derivatives: the formula of the record's type."""
-    raise NotImplementedError
+def _formula(name: str) -> Any:
+    """The function of a record and numbers that is this formula of the record's type."""
+
+    def formula(record: Any, *numbers: Any) -> Any:
+        raise NotImplementedError
+
+    @overload(formula, strict=False, jit_options=FUNCTION_OPTIONS)
+    def body(record: Any, *numbers: Any) -> Any:
+        if not isinstance(record, RecordType):
+            return None
+        number: Any = np.float64 if record.compute == types.float64 else np.float32
+        return translate(getattr(record.record, name), vocabulary, inlined, number)
+
+    body_of[formula] = lambda record: getattr(record, name, None)
+    return formula
 
 
-body_of[value_and_slopes] = lambda record: getattr(record, "value_and_slopes", None)
-
-
-@overload(value_and_slopes, strict=False, jit_options=FUNCTION_OPTIONS)
-def _value_and_slopes(record: Any, *operands: Any) -> Any:
-    if not isinstance(record, RecordType):
-        return None
-    number: Any = np.float64 if record.compute == types.float64 else np.float32
-    return translate(record.record.value_and_slopes, vocabulary, inlined, number)
+value_and_slopes = _formula("value_and_slopes")
+fold, finish, slopes = map(_formula, ("fold", "finish", "slopes"))

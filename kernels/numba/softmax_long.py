@@ -23,6 +23,7 @@ from .softmax_rows import (
     since,
     skip_row,
     softmax_statistics,
+    target_gradient,
 )
 from .vector_math import cast, log
 
@@ -57,9 +58,9 @@ def combine(
 @region
 def softmax_long(
     parts: int, x: Any, target: Any, probability: Any, weight: Any, smooth: Any, losses: Any,
-    grad: Any, upstream: Any, loss: Any, bad: Any, divisor: float, shifts: Any, exps: Any,
-    tops: Any, totals: Any, masses: Any, dots: Any, hard: float, scale: float, zero: Any,
-    ignore_index: int, classes: int, inner: int, rows: int, x_outer: int, x_inner: int,
+    grad: Any, t_grad: Any, upstream: Any, loss: Any, bad: Any, divisor: float, shifts: Any,
+    exps: Any, tops: Any, totals: Any, masses: Any, dots: Any, hard: float, scale: float,
+    zero: Any, ignore_index: int, classes: int, inner: int, rows: int, x_outer: int, x_inner: int,
     t_outer: int, t_inner: int,
 ) -> bool:  # fmt: skip
     """Arguments: see cross_entropy._run. Whether all class indices were in range.
@@ -112,11 +113,23 @@ def softmax_long(
                 g = factor * chosen_gradient(p, share, mass, label_smooth)
         if losses is not None:
             store(losses, r, value)
-        # These have served; now the row's first segment has what its gradient needs.
+        if t_grad is not None:
+            g = log(total)  # there is no class index, which g would be the gradient of
+        # These have served; now the row's first segment has what its gradients need.
         store(tops, s, top)
         store(totals, s, factor * (mass + share) / total)
         store(masses, s, factor)
         store(dots, s, g)
+    if t_grad is not None:
+        for part in prange(parts):
+            for piece in range(part * pieces // parts, (part + 1) * pieces // parts):
+                r, begin = piece // segments, piece % segments * SEGMENT
+                end, s = min(begin + SEGMENT, classes), r * segments
+                row = r // inner * x_outer + r % inner * x_inner
+                target_gradient(
+                    x, row, weight, t_grad, r * classes, begin, end, cast(load(tops, s), zero),
+                    cast(load(dots, s), zero), cast(load(masses, s), zero),
+                )  # fmt: skip
     if grad is not None:
         for part in prange(parts):
             for piece in range(part * pieces // parts, (part + 1) * pieces // parts):

@@ -147,10 +147,12 @@ def block_gradient(
 ) -> None:  # fmt: skip
     zero = cast(0, scale)
     for c in range(begin, end):
-        k = coefficient(probability, weight, smooth, base, c, zero)
         # exps is None where the gradient's own memory has them
         e = load(grad, out + c) if exps is None else load(exps, at + c)
-        store(grad, out + c, e * softmax_scale - k * scale)
+        g = e * softmax_scale
+        if smooth is not None or probability is not None:
+            g = g - coefficient(probability, weight, smooth, base, c, zero) * scale
+        store(grad, out + c, g)
 
 
 @kernel
@@ -171,6 +173,19 @@ def row_gradient(
             exps, at, probability, weight, smooth, base, grad, out, c, min(c + BLOCK, end),
             cast(block_scale, scale), scale,
         )  # fmt: skip
+
+
+@kernel
+def target_gradient(
+    x: Any, row: int, weight: Any, grad: Any, out: int, begin: int, end: int, top: Any,
+    log_total: Any, factor: Any,
+) -> None:  # fmt: skip
+    """factor * weight_c * -log softmax of classes begin to end: that of their probabilities."""
+    for c in range(begin, end):
+        slope = factor * (log_total - (load(x, row + c) - top))
+        if weight is not None:
+            slope *= load(weight, c)
+        store(grad, out + c, slope)
 
 
 @kernel
@@ -195,7 +210,8 @@ def losses_of(
 @region
 def softmax_rows(
     parts: int, x: Any, target: Any, probability: Any, weight: Any, smooth: Any, losses: Any,
-    grad: Any, upstream: Any, loss: Any, bad: Any, divisor: float, shifts: Any, exps: Any,
+    grad: Any, t_grad: Any, upstream: Any, loss: Any, bad: Any, divisor: float, shifts: Any,
+    exps: Any,
     plain: Any, masses: Any, totals: Any, hard: float, scale: float, zero: Any, ignore_index: int,
     classes: int, inner: int, rows: int, x_outer: int, x_inner: int, t_outer: int, t_inner: int,
 ) -> bool:  # fmt: skip
@@ -237,10 +253,15 @@ def softmax_rows(
                     share, label_smooth = chosen_coefficients(label, hard, weight, smooth)
                     value = chosen_loss(load(x, row + label), top, 0.0, share)
                 value -= dot
+                factor, out = scale, r * classes
+                if upstream is not None:
+                    factor *= np.float64(load(upstream, r))
+                if t_grad is not None:
+                    target_gradient(
+                        x, row, weight, t_grad, out, 0, classes, top, cast(log(total), zero),
+                        cast(factor, zero),
+                    )  # fmt: skip
                 if grad is not None:
-                    factor, out = scale, r * classes
-                    if upstream is not None:
-                        factor *= np.float64(load(upstream, r))
                     p = 0.0
                     if target is not None:
                         e = load(grad, at + label) if exps is None else load(exps, at + label)

@@ -54,7 +54,7 @@ def sqrt(x: Any) -> Any:
 
 
 @inlined
-def isnan(x: Any) -> bool:
+def isnan(x: Any) -> Any:
     return x != x
 
 
@@ -148,7 +148,7 @@ def _split(typingctx: Any, x: Any) -> Any:
 
 
 @inlined
-def _exp(x: float) -> float:
+def _exp(x: Any) -> Any:
     clamped = -750.0 if x < -750.0 else x  # this way round NaN passes
     clamped = 710.0 if clamped > 710.0 else clamped
     shifted = clamped * _LOG2_E + _SHIFTER
@@ -162,7 +162,7 @@ def _exp(x: float) -> float:
 
 
 @inlined
-def _log_of_sum(f: float) -> float:
+def _log_of_sum(f: Any) -> Any:
     """log(1 + f) for f between sqrt(1/2) - 1 and sqrt(2) - 1."""
     s = f / (2.0 + f)
     q = s * s
@@ -173,7 +173,7 @@ def _log_of_sum(f: float) -> float:
 
 
 @inlined
-def _log(x: float) -> float:
+def _log(x: Any) -> Any:
     small = x < 2.2250738585072014e-308
     m, e = _split(x * 18014398509481984.0 if small else x)  # 2**54
     e = e - 54.0 if small else e
@@ -184,7 +184,7 @@ def _log(x: float) -> float:
 
 
 @inlined
-def _log1p(x: float) -> float:
+def _log1p(x: Any) -> Any:
     u = 1.0 + x
     # what rounding took from u, in proportion; of a tiny x, where u is 1, all of it
     ratio = x / (u - 1.0) if u < np.inf else 1.0
@@ -193,7 +193,7 @@ def _log1p(x: float) -> float:
 
 
 @inlined
-def _log1p_of_unit(x: float) -> float:
+def _log1p_of_unit(x: Any) -> Any:
     """log(1 + x) for x from 0 to 1, or NaN."""
     large = x > 0.4142135623730951
     f = (x - 1.0) * 0.5 if large else x

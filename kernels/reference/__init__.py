@@ -7,11 +7,14 @@ against it.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
-from ..operation import Options
+from ..operation import Loss, Options
 
 __all__ = ["loss", "out_of_bounds"]
 
@@ -23,16 +26,25 @@ def loss(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> torch.Te
         options: the call without its tensors; its dtype is that of the result.
         tensors: the operands, None for one that wasn't given.
     """
-    record = options.record
+    record: Any = options.record
     given = {
         name: t.to(options.dtype) if t.is_floating_point() else t
         for name, t in zip(record.operands, tensors, strict=True)
         if t is not None
     }
     device = next(iter(given.values())).device
-    with torch.autocast(device.type, enabled=False), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the call itself has warned
-        return type(record).twin(**given, **asdict(record), reduction=options.reduction)
+    warned = isinstance(record, Loss) and record.warning(options.reduction, *tensors)
+    with torch.autocast(device.type, enabled=False), _silence() if warned else nullcontext():
+        result: torch.Tensor = record.twin(**given, **asdict(record), reduction=options.reduction)
+    return result
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """The call itself has warned."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def out_of_bounds(target: torch.Tensor, classes: int, ignore_index: int) -> IndexError:

@@ -11,7 +11,7 @@ import torch
 
 from ..losses import Loops, Tensors
 from ..operation import Options
-from . import cross_entropy, flat
+from . import cross_entropy, flat, gather, rows
 from .multi_tensor import describe_step
 from .multi_tensor import launcher as step_launcher
 
@@ -19,7 +19,7 @@ __all__ = [
     "backward", "describe", "describe_step", "empty_cache", "forward", "number_of", "step_launcher",
 ]  # fmt: skip
 
-_loops = Loops(flat, cross_entropy)
+_loops = Loops(flat, rows, cross_entropy, gather)
 forward, backward = _loops.forward, _loops.backward
 
 

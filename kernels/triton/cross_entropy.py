@@ -5,6 +5,7 @@ mass = sum of k_c and p = softmax(x):
 
     loss         = mass * log sum exp(x - max) - sum of k_c (x_c - max)
     d loss / d x = mass * p_c - k_c
+    d loss / d t = kept * weight_c * (log sum exp(x - max) - (x_c - max))
 
 Bytes per logit in b bytes (a position's target, loss and statistics are some 24 bytes more):
 
@@ -30,7 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..layout import ClassAxis, class_axis, dense_axis, view_along
+from ..layout import ClassAxis, class_axis, classes_last, dense_axis, view_along
 from ..operation import Options
 from ..reference import out_of_bounds
 from . import reduction
@@ -159,6 +160,8 @@ def _prepare(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> _Cal
     input, target, weight = tensors
     assert input is not None
     assert target is not None
+    if target.is_floating_point():
+        input, target = classes_last(input), classes_last(target)
     axis = class_axis(input)
     assert axis is not None, "dispatch admits only layouts that can be walked"
     record: Any = options.record
@@ -271,6 +274,7 @@ def _run(
     partials: torch.Tensor | None = None,
     grad_output: torch.Tensor | None = None,
     ready: bool = False,
+    t_grad: torch.Tensor | None = None,
 ) -> None:
     """Launch the kernel over all positions; see there."""
     tops, totals, masses, target_masses = kept or (None,) * 4
@@ -282,7 +286,7 @@ def _run(
         tops, totals, masses, lines, target_masses,
         0 if target_masses is None else target_masses.numel(),
         call.positions if call.reduction == "mean" else None, grad_output, losses, partials, grad,
-        call.positions, cut.span, call.ignore_index, call.axis, _probability_axis(call), g,
+        t_grad, call.positions, cut.span, call.ignore_index, call.axis, _probability_axis(call), g,
         *_numbers(call), GIVEN=given, READY=ready,
         PER_ROW=call.reduction == "none", G_UNIT=g.class_stride == 1, SINGLE=cut.single,
         LINES=power_of_2(lines), **_constants(call, cut),
@@ -309,16 +313,16 @@ def forward(
     kept = None
     if split:
         kept = _split_statistics(call, cut)
-    elif needs[0]:
+    elif any(needs):
         tops, totals = (reduction.empty_partials(call.positions, input) for _ in range(2))
         masses = None if call.probability is None else torch.empty_like(tops)
         kept = Kept(tops, totals, masses, None)
     target_masses = _target_masses(call)
     if kept is not None:
         kept = kept._replace(target_masses=target_masses)
-    grad = None
-    if needs[0] and not _recomputes(options, input):
-        grad = _empty_gradient(call)
+    grads: tuple[torch.Tensor | None, ...] | None = None
+    if any(needs) and not _recomputes(options, input):
+        grads = tuple(_empty_gradient(call) if need else None for need in needs)
     shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()
     if options.reduction == "none":
         losses = input.new_empty(shape, dtype=options.dtype)
@@ -329,10 +333,11 @@ def forward(
         return losses, None, kept or ()
     blocks = -(-call.positions // cut.rows) * cut.splits
     partials = reduction.empty_partials(blocks, input)
-    _run(call, cut, kept, split, grad, partials=partials)
+    grad, t_grad, _ = grads or (None,) * 3
+    _run(call, cut, kept, split, grad, partials=partials, t_grad=t_grad)
     divisor = call.positions if options.reduction == "mean" else None
     loss = reduction.reduce(partials, options.dtype, target_masses, divisor)
-    return loss, None if grad is None else (grad, None, None), kept or ()
+    return loss, grads, kept or ()
 
 
 def backward(
@@ -346,10 +351,12 @@ def backward(
     """The gradients for any grad_output; those for 1 stay as they are."""
     call = _prepare(options, tensors)
     cut = call.cut(twice=False)
-    grad = grads[0] if grads else _empty_gradient(call)
-    ready = grads is not None
-    _run(call, cut, Kept._make(kept), True, grad, grad_output=grad_output.contiguous(), ready=ready)
-    return grad, None, None
+    grad, t_grad, _ = grads or [_empty_gradient(call) if need else None for need in needs]
+    _run(
+        call, cut, Kept._make(kept), True, grad, grad_output=grad_output.contiguous(),
+        ready=grads is not None, t_grad=t_grad,
+    )  # fmt: skip
+    return grad, t_grad, None
 
 
 def describe(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> str:
@@ -360,6 +367,8 @@ def describe(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> str:
     axis = class_axis(input)
     assert axis is not None
     plain = weight is None and not target.is_floating_point()
+    if target.is_floating_point():
+        axis = axis._replace(class_stride=1)  # else it is copied
     cut = tiling(axis, input.itemsize, hardware(input.device), plain=plain)
     if cut.single:
         rows = f"{cut.rows} whole rows a program, read once"

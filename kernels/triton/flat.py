@@ -35,7 +35,7 @@ from ..elementwise import (
 from ..operation import Options
 from . import reduction
 from .compiler import TYPES, as_number, device_function, kernel, launch, number
-from .record import constants_of, record_numbers
+from .record import constants_of, formula_of, record_numbers
 from .vector_math import quotient
 
 # 16 elements a thread: two or four 16-byte loads of each tensor under way at a time.
@@ -79,9 +79,9 @@ def one_block(
 @kernel
 def flat_blocks(
     operands, steps, record, values, grads, upstream, grad_output, partials, factor, divisor,
-    count, second, inner, FORMULA: tl.constexpr, FIELDS: tl.constexpr, FLAGS: tl.constexpr,
-    FIXED: tl.constexpr, FLAT: tl.constexpr, COMPUTE: tl.constexpr, READY: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    count, second, inner, FORMULA: tl.constexpr, MAKE: tl.constexpr, NAMES: tl.constexpr,
+    FLAGS: tl.constexpr, FIXED: tl.constexpr, FLAT: tl.constexpr, COMPUTE: tl.constexpr,
+    READY: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of elements a program.
 
@@ -100,9 +100,6 @@ def flat_blocks(
     numbers = ()
     for k in tl.static_range(len(record)):
         numbers = numbers + (as_number(record[k], COMPUTE),)  # type: ignore[assignment]
-    for k in tl.static_range(len(FLAGS)):
-        numbers = numbers + (FLAGS[k],)  # type: ignore[assignment]
-    h = FIELDS(*numbers)
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
@@ -110,16 +107,16 @@ def flat_blocks(
     # A mask that ends anywhere would split 16-byte accesses, so only the last block has one.
     if (program + 1) * BLOCK <= count:
         value = one_block(
-            operands, steps, h, values, grads, upstream, scale, place, None, second, inner,
-            FORMULA, FIXED, FLAT, COMPUTE,
+            operands, steps, MAKE(numbers, FLAGS), values, grads, upstream, scale, place, None,
+            second, inner, FORMULA, FIXED, FLAT, COMPUTE,
         )  # fmt: skip
         if partials is not None:
             tl.store(partials + program, tl.sum(value))
     else:
         mask = place < count
         value = one_block(
-            operands, steps, h, values, grads, upstream, scale, place, mask, second, inner,
-            FORMULA, FIXED, FLAT, COMPUTE,
+            operands, steps, MAKE(numbers, FLAGS), values, grads, upstream, scale, place, mask,
+            second, inner, FORMULA, FIXED, FLAT, COMPUTE,
         )  # fmt: skip
         if partials is not None:
             tl.store(partials + program, tl.sum(tl.where(mask, value, 0.0)))
@@ -144,15 +141,15 @@ def _run(
         flat_blocks, (_programs(place),), first.device, THREADS, operands,
         tuple(step[:2] for step in place.steps), record_numbers(record, compute), values, grads,
         upstream, grad_output, partials, number(record.factor, compute),
-        None if divisor is None else number(divisor, compute), place.count, place.second,
+        None if divisor is None else number(divisor, compute), place.places, place.second,
         place.inner, FIXED=tuple(step[2] == 0 for step in place.steps), FLAT=place.flat,
-        COMPUTE=TYPES[compute], READY=ready, WIDE=place.count + BLOCK >= 2**31, BLOCK=BLOCK,
-        **constants_of(record),
+        COMPUTE=TYPES[compute], READY=ready, WIDE=place.places + BLOCK >= 2**31, BLOCK=BLOCK,
+        FORMULA=formula_of(record.__class__, "value_and_slopes"), **constants_of(record),
     )  # fmt: skip
 
 
 def _programs(place: Walk) -> int:
-    return -(-place.count // BLOCK)
+    return -(-place.places // BLOCK)
 
 
 def _recomputes(options: Options, tensors: Tensors) -> bool:
@@ -166,17 +163,12 @@ def _recomputes(options: Options, tensors: Tensors) -> bool:
     return unknown or first.dtype == torch.float16 or weighted
 
 
-def _empty_on(tensors: Tensors) -> Any:
-    device = next(t for t in tensors if t is not None).device
-    return lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device)
-
-
 def forward(
     options: Options, tensors: Tensors, needs: tuple[bool, ...]
 ) -> tuple[torch.Tensor, Tensors | None, tuple[()]]:
     """The loss, and its gradients for a grad_output of 1 or None."""
     operands, place = walk(numbers_of(tensors))
-    empty = _empty_on(tensors)
+    empty = reduction.empty_on(tensors)
     if options.reduction == "none":
         values = empty_like_walk(operands, options.dtype, place, empty)
         _run(options, operands, place, None, values=values)
@@ -204,7 +196,7 @@ def backward(
 ) -> Tensors:
     """The gradients for any grad_output; those for 1 stay as they are."""
     operands, place = walk(numbers_of(tensors))
-    empty = _empty_on(tensors)
+    empty = reduction.empty_on(tensors)
     if options.reduction == "none":
         upstream = empty_like_walk(operands, grad_output.dtype, place, empty).copy_(grad_output)
         found = empty_grads(options.record, operands, needs, place, empty)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections import namedtuple
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -18,29 +20,43 @@ __all__ = ["constants_of", "formula_of", "record_numbers"]
 
 
 @functools.cache
-def formula_of(operation: type[Operation]) -> Any:
-    """An operation's formula, to be called with a record and numbers."""
-    return _compiled(translate(getattr(operation, operation._formula), vocabulary, _compiled))
+def formula_of(operation: type[Operation], name: str) -> Any:
+    """An operation's formula of this name, to be called with a record and numbers."""
+    return _compiled(translate(getattr(operation, name), vocabulary, _compiled))
 
 
 def _compiled(function: Any) -> Any:
     function.__globals__.setdefault("tl", tl)  # the interpreter looks for it there
+    for annotation in function.__annotations__.values():
+        # Triton looks them up, and takes no names but those of its own module.
+        names = re.findall(r"[^\W\d]\w*", annotation)
+        function.__globals__.update(dict.fromkeys(names, tl.constexpr))
     return device_function(function)
 
 
+def _make(numbers, flags: tl.constexpr):
+    return FIELDS(*numbers, *flags)  # type: ignore[name-defined]  # noqa: F821
+
+
 @functools.cache
-def _fields(operation: type[Operation]) -> Any:
-    """The record's type in a kernel: its numbers, then its flags."""
-    return namedtuple(operation.__name__, (*operation.numbers, *operation.flags))
+def _maker(operation: Any) -> Any:
+    """The function that makes a record of its numbers and its flags.
+
+    A type can't be a compile-time argument, but may be among the globals of a function that is.
+    """
+    kind: Any = namedtuple
+    fields = kind(operation.__name__, (*operation.numbers, *operation.flags))
+    return _compiled(FunctionType(_make.__code__, {"FIELDS": fields, "tl": tl}, "make"))
 
 
-def constants_of(record: Operation) -> dict[str, Any]:
-    """The compile-time arguments of a kernel: the formula, the record's type and its flags."""
-    return {
-        "FORMULA": formula_of(type(record)),
-        "FIELDS": _fields(type(record)),
-        "FLAGS": record.settings,
-    }
+def constants_of(record: Any) -> dict[str, Any]:
+    """The compile-time arguments of a kernel that make a record, as MAKE(numbers, FLAGS).
+
+    That belongs among the arguments of a call: an assignment would make numbers of flags. Triton
+    knows a function by its source alone, hence the names.
+    """
+    names = (*record.numbers, *record.flags)
+    return {"MAKE": _maker(record.__class__), "NAMES": names, "FLAGS": record.settings}
 
 
 def record_numbers(record: Operation, compute: torch.dtype) -> tuple[float | int, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton.language as tl
 
@@ -55,3 +57,11 @@ def empty_partials(
 ) -> torch.Tensor:
     """Uninitialised room for partial sums over `like`, or over tensors of another dtype there."""
     return like.new_empty(count, dtype=compute_dtype(dtype or like.dtype))
+
+
+def empty_on(
+    tensors: tuple[torch.Tensor | None, ...],
+) -> Callable[[tuple[int, ...], torch.dtype], torch.Tensor]:
+    """What gives uninitialised memory where some tensors are."""
+    device = next(t for t in tensors if t is not None).device
+    return lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device)

@@ -134,17 +134,19 @@ def row_statistics(
 @kernel(do_not_specialize=["lines", "target_mass_count", "ignore_index", "kept", "smooth"])
 def softmax_rows(
     input, target, probability, weight, weight_sum, tops, totals, masses, lines, target_masses,
-    target_mass_count, divisor, grad_output, losses, partials, grad, rows, span, ignore_index,
-    x, t, g, kept, smooth,
+    target_mass_count, divisor, grad_output, losses, partials, grad, t_grad, rows, span,
+    ignore_index, x, t, g, kept, smooth,
     COMPUTE: tl.constexpr, SMOOTH: tl.constexpr, GIVEN: tl.constexpr, READY: tl.constexpr,
     PER_ROW: tl.constexpr, FLAT: tl.constexpr, UNIT: tl.constexpr, G_UNIT: tl.constexpr,
     WIDE: tl.constexpr, SINGLE: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr, LOWEST: tl.constexpr,
 ):  # fmt: skip
-    """Losses and gradient of `span` classes of some positions, each if wanted.
+    """Losses and gradients of `span` classes of some positions, each if wanted.
+
+    t_grad is the gradient of the probabilities.
 
     tops, totals, masses: the rows' statistics. GIVEN: to be read, `lines` lines of them (from
-    each span of classes); else to be written. READY: the gradient is there already, if
+    each span of classes); else to be written. READY: the gradients are there already, if
     grad_output is 1. PER_ROW: grad_output is.
     SINGLE: COLUMNS holds a whole row, which is read once and stays in registers.
     """
@@ -235,7 +237,7 @@ def softmax_rows(
     # pass has left in the cache.
     dot = tl.zeros([ROWS], COMPUTE)
     if grad is not None or probability is not None or SMOOTH:
-        if grad is not None:
+        if grad is not None or t_grad is not None:
             g_starts = row_starts(row, g, FLAT, STEP)
         tiles = 1 if SINGLE else tl.cdiv(end - begin, COLUMNS)
         for back in tl.range(0, tiles, num_stages=STAGES):
@@ -253,6 +255,12 @@ def softmax_rows(
                     SMOOTH,
                 )  # fmt: skip
                 dot += tl.sum(tl.where(valid_here, share * difference, 0.0), 1)
+            if t_grad is not None:  # which lies as grad does
+                slope = (log_total[:, None] - difference) * (kept * scale)[:, None]
+                if weight is not None:
+                    within = here < x.classes
+                    slope *= tl.load(weight + here, mask=within, other=0.0).to(COMPUTE)[None, :]
+                tl.store(tile(t_grad, g_starts, here, g, True), slope, mask=valid_here)
             if grad is not None:
                 slope = mass[:, None] * (tl.exp(difference) * inverse_total[:, None])
                 if probability is not None or SMOOTH:

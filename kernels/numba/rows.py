@@ -1,0 +1,246 @@
+"""The traversal of a loss over rows: sums over the classes of a row, a value, and its gradient.
+
+A row is read twice while it is in the cache, once for the sums and once for the gradient. What
+is not wanted is None, and not compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import numpy as np
+import torch
+from numba import prange
+from numba.core import types
+
+from ..operation import Options, Rowwise
+from ..reference import loss as torchs
+from ..rowwise import Rows, divisor_of, empty_grads, rows_of
+from . import memory
+from .compiler import dtype_name, kernel, optional_pointer, pointer, region, summing_kernel
+from .labels import is_label, label_of, numbers_of_row
+from .pointer import load, load_each_or_one, moved, store, store_products
+from .record import Values, finish, fold, read_record, slopes
+from .reduction import sum_all
+from .threads import Launcher, parts_for
+from .tuples import added, cast_each, zeros
+
+# Classes summed in the compute dtype before the sums move to float64; rows of so many classes
+# together have one sum. Neither depends on the number of threads, so the result doesn't, either.
+CHUNK = 512
+GRAIN = 32_768
+
+Tensors = tuple[torch.Tensor | None, ...]
+
+
+@summing_kernel
+def chunk_sums(
+    record: Any, at_class: Any, of_row: Any, label: Any, like: Any, begin: int, end: int
+) -> Any:
+    """What the formula sums, over the classes begin to end of a row."""
+    totals = zeros(record, like)
+    for c in range(begin, end):
+        numbers = load_each_or_one(at_class, c, like) + of_row + is_label(label, c)
+        totals = added(totals, fold(record, *numbers))
+    return totals
+
+
+@kernel
+def row_slopes(
+    record: Any, coefficients: Any, at_class: Any, of_row: Any, label: Any, grads: Any,
+    factor: Any, out: int, classes: int,
+) -> None:  # fmt: skip
+    """The gradients at the classes of a row; the first one's is `out` further."""
+    for c in range(classes):
+        numbers = load_each_or_one(at_class, c, factor) + of_row + is_label(label, c)
+        found = slopes(record, *(coefficients + numbers))
+        store_products(grads, out + c, found, factor)
+
+
+@kernel
+def one_row(
+    record: Any, exact: Any, at_class: Any, of_row: Any, label: Any, grads: Any, factor: Any,
+    row: int, classes: int,
+) -> float:  # fmt: skip
+    """The value of a row. exact: the record in float64."""
+    totals = zeros(record, 0.0)
+    for begin in range(0, classes, CHUNK):
+        end = min(begin + CHUNK, classes)
+        found = chunk_sums(record, at_class, of_row, label, factor, begin, end)
+        totals = added(totals, found)
+    size = (np.float64(classes),)
+    outcome = finish(exact, *(size + totals + of_row))
+    coefficients = cast_each(outcome[1:], factor)
+    row_slopes(record, coefficients, at_class, of_row, label, grads, factor, row * classes, classes)
+    return np.float64(outcome[0])
+
+
+@kernel
+def rows_part(
+    part: int, parts: int, numbers: Any, at_class: Any, steps: Any, by_row: Any, labels: Any,
+    values: Any, grads: Any, upstream: Any, sums: Any, wrong: Any, scale: Any, count: int,
+    classes: int, group: int,
+) -> None:  # fmt: skip
+    record, exact = read_record(numbers, scale), read_record(numbers, 0.0)
+    groups = (count + group - 1) // group
+    for g in range(part * groups // parts, (part + 1) * groups // parts):
+        total = 0.0
+        for row in range(g * group, min((g + 1) * group, count)):
+            here = moved(at_class, steps, row, 0)
+            factor = scale
+            if upstream is not None:
+                factor = scale * load(upstream, row)
+            label = label_of(labels, row, classes, wrong)
+            of_row = numbers_of_row(by_row, here, label, row, scale)
+            value = one_row(record, exact, here, of_row, label, grads, factor, row, classes)
+            if values is not None:
+                store(values, row, value)
+            total += value
+        if sums is not None:
+            store(sums, g, total)
+
+
+@region
+def rows_all(
+    parts: int, numbers: Any, at_class: Any, steps: Any, by_row: Any, labels: Any, values: Any,
+    grads: Any, upstream: Any, sums: Any, loss: Any, wrong: Any, scale: Any, divisor: float,
+    count: int, classes: int, group: int,
+) -> None:  # fmt: skip
+    """loss = the sum of the rows' values / divisor; wrong = 1 if a label is out of bounds."""
+    for part in prange(parts):
+        rows_part(
+            part, parts, numbers, at_class, steps, by_row, labels, values, grads, upstream, sums,
+            wrong, scale, count, classes, group,
+        )  # fmt: skip
+    if sums is not None:
+        store(loss, 0, sum_all(sums, (count + group - 1) // group) / divisor)
+
+
+@functools.cache
+def _launcher(
+    operation: type[Rowwise],
+    flags: tuple[int, ...],
+    compute: str,
+    at_class: tuple[torch.dtype | None, ...],
+    by_row: tuple[torch.dtype | None, ...],
+    grads: tuple[torch.dtype | None, ...],
+    values: torch.dtype | None,
+    upstream: torch.dtype | None,
+    loss: torch.dtype | None,
+) -> Launcher:
+    slots = itertools.count(1)
+
+    def pointers(dtypes: tuple[torch.dtype | None, ...]) -> types.Tuple:
+        return types.Tuple([optional_pointer(d, next(slots), compute) for d in dtypes])
+
+    return Launcher(
+        rows_all,
+        Values(operation, flags),
+        pointers(at_class),
+        pointer("int64", 0),
+        pointers(by_row),
+        types.none if operation.label is None else pointer("int64", next(slots)),
+        optional_pointer(values, next(slots), "float64"),
+        pointers(grads),
+        optional_pointer(upstream, next(slots), compute),
+        types.none if loss is None else pointer("float64", next(slots), "float64"),
+        optional_pointer(loss, next(slots), "float64"),
+        pointer("int64", next(slots)),
+        getattr(types, compute),
+        types.float64,
+        *[types.intp] * 3,
+    )
+
+
+def _run(
+    options: Options,
+    tensors: Tensors,
+    rows: Rows,
+    divisor: float,
+    scale: float,
+    grads: Tensors = (),
+    values: torch.Tensor | None = None,
+    upstream: torch.Tensor | None = None,
+    loss: torch.Tensor | None = None,
+) -> None:
+    """Launch. The gradients are `scale` times the slopes, and upstream's elements, if given.
+
+    Raises:
+        RuntimeError: torch's, of a label out of bounds.
+    """
+    record: Any = options.record
+    grads = grads[: len(record.columns)]
+    launch = _launcher(
+        record.__class__,
+        record.settings,
+        dtype_name(rows.compute),
+        *[_dtypes(each) for each in (rows.at_class, rows.of_row, grads)],
+        *_dtypes((values, upstream, loss)),
+    )
+    numbers = np.array(record.values, np.float64)
+    steps = np.array([(step, 0) for step in rows.steps], np.int64)
+    wrong = np.zeros(1, np.int64)
+    group = max(1, CHUNK // rows.classes)
+    sums = None if loss is None else torch.empty(-(-rows.total // group), dtype=torch.float64)
+    label_at, values_at, upstream_at, sums_at, loss_at = _addresses(
+        (rows.label, values, upstream, sums, loss)
+    )
+    parts = min(parts_for(rows.total * rows.classes, GRAIN), max(rows.total, 1))
+    launch(
+        parts, numbers.ctypes.data, _addresses(rows.at_class), steps.ctypes.data,
+        _addresses(rows.of_row), label_at, values_at, _addresses(grads), upstream_at, sums_at,
+        loss_at, wrong.ctypes.data, scale, divisor, rows.total, rows.classes, group,
+    )  # fmt: skip
+    if wrong[0]:
+        torchs(options, tensors)
+        raise RuntimeError("target out of range")  # there was one, but no more
+
+
+def _dtypes(tensors: Tensors) -> tuple[torch.dtype | None, ...]:
+    return tuple([None if t is None else t.dtype for t in tensors])
+
+
+def _addresses(tensors: Tensors) -> tuple[int | None, ...]:
+    return tuple([None if t is None else t.data_ptr() for t in tensors])
+
+
+def forward(
+    options: Options, tensors: Tensors, needs: tuple[bool, ...]
+) -> tuple[torch.Tensor, Tensors | None, tuple[()]]:
+    """The loss, and its gradients for the grad_output expected; None if there is none."""
+    operation: Any = type(options.record)
+    rows = rows_of(operation, tensors)
+    if options.reduction == "none":
+        values = memory.empty(tuple(rows.shape), options.dtype)
+        _run(options, tensors, rows, 1.0, 1.0, values=values)
+        return values, None, ()
+    divisor, expected = divisor_of(options, rows), options.grad_output
+    loss = torch.empty((), dtype=options.dtype, device="cpu")
+    if expected is None or not any(needs):
+        _run(options, tensors, rows, divisor, 0.0, loss=loss)
+        return loss, None, ()
+    grads = empty_grads(operation, tensors, needs, memory.empty)
+    _run(options, tensors, rows, divisor, expected / divisor, grads, loss=loss)
+    return loss, grads, ()
+
+
+def backward(
+    options: Options,
+    tensors: Tensors,
+    grads: Tensors | None,
+    kept: tuple[()],
+    grad_output: torch.Tensor,
+    needs: tuple[bool, ...],
+) -> Tensors:
+    """The gradients for any grad_output, computed anew from the operands."""
+    operation: Any = type(options.record)
+    rows = rows_of(operation, tensors)
+    found = empty_grads(operation, tensors, needs, memory.empty)
+    if options.reduction == "none":
+        _run(options, tensors, rows, 1.0, 1.0, found, upstream=grad_output.contiguous())
+    else:
+        scale = grad_output.item() / divisor_of(options, rows)
+        _run(options, tensors, rows, 1.0, scale, found)
+    return found
