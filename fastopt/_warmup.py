@@ -12,9 +12,10 @@ import torch
 
 from .dispatch import use_backend
 from .errors import BackendUnavailable
-from .front.call import FUNCTIONS as OPERATIONS
+from .front.call import FUNCTIONS as ALL
 from .front.call import RouteCache
 from .front.samples import usual
+from .front.torch_only import TorchOnly
 from .nn._operations import FUNCTIONS
 from .optim._operations import OPTIMIZERS
 
@@ -32,6 +33,7 @@ _OPTIMIZERS: dict[str, tuple[dict[str, float], ...]] = {
 }
 
 
+OPERATIONS = {name: kind for name, kind in ALL.items() if not issubclass(kind, TorchOnly)}
 #: The losses and optimizers that there is something to compile for.
 NAMES = (*OPERATIONS, *_OPTIMIZERS)
 
