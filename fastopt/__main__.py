@@ -30,7 +30,7 @@ def main() -> None:
     warmup.add_argument("dtype", nargs="*", help=f"{', '.join(DTYPES)} (default: float32)")
     warmup.add_argument(
         "--only", nargs="+", choices=NAMES, metavar="NAME", default=NAMES,
-        help="losses (functions, such as mse_loss) and optimizers (default: all)",
+        help="losses (as functions are called) and optimizers (as classes are; default: all)",
     )  # fmt: skip
     arguments = parser.parse_args()
     if arguments.command == "warmup":

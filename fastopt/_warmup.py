@@ -12,8 +12,10 @@ import torch
 
 from .dispatch import use_backend
 from .errors import BackendUnavailable
-from .front.call import FUNCTIONS as OPERATIONS
+from .front.call import FUNCTIONS as ALL
+from .front.call import RouteCache
 from .front.samples import usual
+from .front.torch_only import TorchOnly
 from .nn._operations import FUNCTIONS
 from .optim._operations import OPTIMIZERS
 
@@ -31,6 +33,7 @@ _OPTIMIZERS: dict[str, tuple[dict[str, float], ...]] = {
 }
 
 
+OPERATIONS = {name: kind for name, kind in ALL.items() if not issubclass(kind, TorchOnly)}
 #: The losses and optimizers that there is something to compile for.
 NAMES = (*OPERATIONS, *_OPTIMIZERS)
 
@@ -55,6 +58,7 @@ def jobs(
 
 def _loss(value: Callable[[], Any]) -> Callable[[], None]:
     def call() -> None:
+        RouteCache.forget()  # what earlier calls have taught about backward passes
         value().backward()
         (value() * 0.5).backward()  # where the backward pass computes the gradient
         with torch.no_grad():

@@ -504,7 +504,14 @@ PROGRAMS: dict[str, tuple[str, dict[str, str]]] = {
         {"criterion": "BCEWithLogitsLoss", "optimizerD": "Adam", "optimizerG": "Adam"},
     ),
     "autoencoder": (AUTOENCODER, {"optimizer": "Adam"}),
-    "embedding": (EMBEDDING, {"ranking": "MarginRankingLoss"}),
+    "embedding": (
+        EMBEDDING,
+        {
+            "triplet": "TripletMarginLoss",
+            "cosine": "CosineEmbeddingLoss",
+            "ranking": "MarginRankingLoss",
+        },
+    ),
     "distillation": (DISTILLATION, {"soft": "KLDivLoss", "hard": "CrossEntropyLoss"}),
     "closure": (CLOSURE, {"criterion": "MSELoss", "optimizer": "SGD"}),
     **{

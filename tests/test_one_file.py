@@ -13,8 +13,10 @@ import torch
 from children import ROOT
 
 import fastopt
-from fastopt._warmup import jobs
+from fastopt._warmup import DTYPES, jobs
 from fastopt.front.call import FUNCTIONS as OPERATIONS
+from fastopt.front.samples import usual
+from fastopt.front.torch_only import TorchOnly
 from fastopt.nn._operations import FUNCTIONS, MODULES
 from fastopt.optim._operations import OPTIMIZERS
 
@@ -24,6 +26,8 @@ EACH = pytest.mark.parametrize("name", FUNCTIONS)
 
 #: Words in files that are no operation's own, and why they are there.
 EXCEPTIONS = {
+    ("cross_entropy", "fastopt/nn/linear_cross_entropy.py"): "what it is made of, in its docstring",
+    ("TripletMargin", "fastopt/nn/triplet_margin_with_distance.py"): "of the usual distance",
     ("cross_entropy", "kernels"): "the loops over rows, named after what they were written for",
     ("cross_entropy", "fastopt/dispatch.py"): "an example in a docstring",
     ("mse_loss", "fastopt/dispatch.py"): "an example in a docstring",
@@ -35,12 +39,23 @@ EXCEPTIONS = {
 
 
 def own_file(name: str) -> Path:
-    return Path(inspect.getfile(OPERATIONS[name]))
+    return Path(inspect.getfile(sys.modules[FUNCTIONS[name].__module__]))
 
 
 def words_of(name: str) -> set[str]:
     """The function's, the class's and the record's names."""
-    return {OPERATIONS[name].__name__, *sys.modules[OPERATIONS[name].__module__].__all__}
+    module, record = sys.modules[FUNCTIONS[name].__module__], OPERATIONS[name]
+    return {*module.__all__, *([record.__name__] if record.__module__ == module.__name__ else [])}
+
+
+def kinds_of(name: str) -> list[Any]:
+    """The module classes that call a function."""
+    functions = [(kind, getattr(kind, "_function", None)) for kind in MODULES.values()]
+    return [kind for kind, function in functions if function is FUNCTIONS[name]]
+
+
+def order_of(kind: Any) -> int:
+    return list(MODULES).index(kind.__name__)
 
 
 def is_exception(word: str, file: str) -> bool:
@@ -64,16 +79,19 @@ def test_an_operation_is_named_in_its_file(name: str) -> None:
     """Where the test above looks for words, these are the ones that count."""
     words = words_of(name)
     assert name in words
-    assert words >= {kind for kind in MODULES if MODULES[kind]._function is FUNCTIONS[name]}
+    assert words >= {kind.__name__ for kind in kinds_of(name)}
     assert words <= set(re.findall(r"\w+", own_file(name).read_text()))
 
 
 def test_one_operation_a_file() -> None:
     files = [own_file(name) for name in FUNCTIONS]
     assert len(set(files)) == len(files)
+    modules = {Path(inspect.getfile(kind)) for kind in MODULES.values()}  # one has no function
     others = {"__init__.py", "functional.py", "_operations.py"}
+    if not hasattr(torch.nn, "LinearCrossEntropyLoss"):
+        others.add("linear_cross_entropy.py")
     assert {f.name for f in (ROOT / "fastopt" / "nn").glob("*.py")} - others == {
-        file.name for file in files
+        file.name for file in {*files, *modules}
     }
 
 
@@ -81,28 +99,63 @@ def test_one_operation_a_file() -> None:
 def test_everything_finds_it(name: str) -> None:
     """The exports, the decorator's table, torch's twin, warmup, convert and explain."""
     torchs: Any = getattr(torch.nn.functional, name)
-    assert OPERATIONS[name].twin is torchs
+    if OPERATIONS[name].__module__ == FUNCTIONS[name].__module__:
+        assert OPERATIONS[name].twin is torchs
     assert getattr(fastopt.nn.functional, name) is FUNCTIONS[name]
     assert name in fastopt.nn.functional.__all__
-    kinds = [kind for kind in MODULES.values() if kind._function is FUNCTIONS[name]]
-    assert kinds
+    kinds = kinds_of(name)
     for kind in kinds:
         assert getattr(fastopt.nn, kind.__name__) is kind
         assert kind.__name__ in fastopt.nn.__all__
-    assert len([job for job, _ in jobs(torch.float32) if job == name]) >= 2
-    with pytest.raises(TypeError, match=rf"supported: .*\b{kinds[0].__name__}\b.*\b{name}\b"):
+    if not issubclass(OPERATIONS[name], TorchOnly):
+        assert kinds
+        assert len([job for job, _ in jobs(torch.float32, [name]) if job == name]) >= 2
+    words = "".join(rf"\b{kind.__name__}\b.*" for kind in sorted(kinds, key=order_of))
+    with pytest.raises(TypeError, match=rf"supported: .*{words}\b{name}\b"):
         fastopt.explain(torchs)
 
 
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss:UserWarning")
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@EACH
+def test_samples_are_such_that_a_kernel_serves_them(name: str, dtype: torch.dtype) -> None:
+    """And torch; what is compiled ahead is what a call of that kind needs."""
+    if issubclass(OPERATIONS[name], TorchOnly):
+        return
+    calls = list(usual(OPERATIONS[name], 1 << 10, dtype))
+    assert calls or dtype.itemsize == 2
+    for operands in calls:
+        with fastopt.use_backend("reference"):
+            FUNCTIONS[name](**operands).backward()
+        with fastopt.use_backend("numba"):
+            (decision,) = fastopt.explain(FUNCTIONS[name], **operands)
+        assert decision.backend == "numba"
+        assert any(t.requires_grad for t in operands.values())
+        sizes = [t.numel() for t in operands.values()]
+        assert max(sizes) == 1 << 10
+
+
 def test_warmup_knows_every_operation() -> None:
-    assert {name for name, _ in jobs(torch.float32)} == {*FUNCTIONS, *OPTIMIZERS}
+    compiled = {name for name in FUNCTIONS if not issubclass(OPERATIONS[name], TorchOnly)}
+    assert len(compiled) >= 18
+    assert {name for name, _ in jobs(torch.float32)} == {*compiled, *OPTIMIZERS}
 
 
+#: What the classes need to be made.
+NEEDED = {
+    "AdaptiveLogSoftmaxWithLoss": {"in_features": 4, "n_classes": 5, "cutoffs": [2]},
+    "LinearCrossEntropyLoss": {"in_features": 4, "num_classes": 5},
+}
+
+
+@pytest.mark.filterwarnings("ignore:`NLLLoss2d` has been deprecated:FutureWarning")
 @pytest.mark.parametrize("kind", MODULES)
 def test_convert_knows_every_loss(kind: str) -> None:
     """It changes the class and nothing else, inside of a model too, and back again."""
     theirs = getattr(torch.nn, kind)
-    model = torch.nn.ModuleDict({"loss": theirs(reduction="sum"), "layer": torch.nn.Linear(2, 3)})
+    model = torch.nn.ModuleDict(
+        {"loss": theirs(**NEEDED.get(kind, {"reduction": "sum"})), "layer": torch.nn.Linear(2, 3)}
+    )
     state = dict(vars(model["loss"]))
     assert fastopt.convert(model) is model
     assert type(model["loss"]) is MODULES[kind]
@@ -112,8 +165,12 @@ def test_convert_knows_every_loss(kind: str) -> None:
     assert type(model["loss"]) is theirs
 
 
+class Stranger(torch.nn.modules.loss._Loss):
+    """One that neither torch nor fastopt has."""
+
+
 def test_convert_says_which_loss_fastopt_lacks() -> None:
-    model = torch.nn.Sequential(torch.nn.CTCLoss(), torch.nn.HuberLoss())
-    with pytest.warns(UserWarning, match=r"left alone: 0 \(CTCLoss, of which fastopt has none\)$"):
+    model = torch.nn.Sequential(Stranger(), torch.nn.HuberLoss())
+    with pytest.warns(UserWarning, match=r"left alone: 0 \(Stranger, of which fastopt has none\)$"):
         fastopt.convert(model)
     assert type(model[1]) is MODULES["HuberLoss"]

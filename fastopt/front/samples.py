@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..kernels.operation import Elementwise, Operation, Softmax
+from ..kernels.operation import Elementwise, Gather, Operation, Rowwise, Softmax
 
 __all__ = ["operands", "usual"]
 
@@ -29,15 +29,30 @@ def operands(
 
 
 def usual(operation: type[Operation], size: int, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
-    """Operands of usual calls with so many elements, by name: one call for each kind of loop."""
+    """Operands of usual calls with so many elements, by name: one call for each kind of loop.
+
+    There are none where torch has the loss in other dtypes only.
+    """
+    if dtype.itemsize == 2 and not getattr(operation, "halves_on_cpu", True):
+        return
     if issubclass(operation, Elementwise):
         found = operands(operation, (size,), dtype)
         for name, t in found.items():
             t.requires_grad_(name != "target")
         yield found
-    elif issubclass(operation, Softmax):
-        for classes in (128, 8):  # rows that are walked as they are, and ones that are turned
-            logits = torch.randn(size // classes, classes).to(dtype).requires_grad_()
-            yield {"input": logits, "target": torch.zeros(len(logits), dtype=torch.int64)}
-    else:
+        return
+    if not issubclass(operation, Rowwise | Softmax | Gather):
         raise NotImplementedError(f"no samples of {operation.__name__}")
+    for classes in (128, 8):  # of a softmax rows that are walked as they are, and ones turned
+        rows = size // classes
+        labels = torch.zeros(rows, dtype=torch.int64)
+        if issubclass(operation, Rowwise):
+            found = {}
+            for name in operation.required:
+                shape = (rows, classes) if name in operation.columns else (rows,)
+                found[name] = _DRAW[operation.domains.get(name, "")](shape).to(dtype)
+                found[name].requires_grad_(name in operation.columns and name != "target")
+            yield {**found, **({operation.label: labels} if operation.label else {})}
+        else:
+            logits = torch.randn(rows, classes).to(dtype)
+            yield {"input": logits.requires_grad_(), "target": labels}
