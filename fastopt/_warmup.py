@@ -13,7 +13,7 @@ import torch
 from .dispatch import use_backend
 from .errors import BackendUnavailable
 from .front.call import FUNCTIONS as ALL
-from .front.call import RouteCache
+from .front.route import RouteCache
 from .front.samples import usual
 from .front.torch_only import TorchOnly
 from .nn._operations import FUNCTIONS

@@ -17,7 +17,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fastopt.front.call import FUNCTIONS, RouteCache
+from fastopt.front.call import FUNCTIONS
+from fastopt.front.route import RouteCache
 
 #: The machine under test: where tensors are, and the compiled backend that serves them.
 DEVICE = os.environ.get("FASTOPT_TEST_DEVICE", "cpu")

@@ -17,7 +17,7 @@ from torch import Tensor
 import fastopt
 import fastopt.nn.functional as ours
 from fastopt.front.autograd import Expected
-from fastopt.front.call import RouteCache
+from fastopt.front.route import RouteCache
 
 each_loss = pytest.mark.parametrize("name", fastopt.nn._operations.FUNCTIONS)
 

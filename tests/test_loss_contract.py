@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastopt
 import fastopt.nn.functional as ours
-from fastopt.front.call import RouteCache
+from fastopt.front.route import RouteCache
 
 LABELS = torch.tensor([1, 0, -100, 3])
 

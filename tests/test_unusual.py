@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 import fastopt
 import fastopt.nn.functional as ours
-from fastopt.front.call import RouteCache
+from fastopt.front.route import RouteCache
 
 each_loss = pytest.mark.parametrize("name", fastopt.nn._operations.FUNCTIONS)
 each_optimizer = pytest.mark.parametrize("name", fastopt.optim._operations.OPTIMIZERS)

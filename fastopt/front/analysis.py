@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import dispatch
 from ..dispatch import Request
 from ..kernels.operation import Elementwise, Loss, Operation, Options, Rowwise
+from .circumstances import add_circumstances, autocasts
+from .crossover import crossover
 
-__all__ = ["Call", "analyse"]
+__all__ = ["Call", "analyse", "prepare"]
 
 _DEPRECATED = ("size_average", "reduce")
 
@@ -74,8 +77,6 @@ def analyse(operation: type[Any], function: str, arguments: dict[str, Any]) -> C
     Returns:
         None for arguments of which torch has to say what is wrong with them.
     """
-    from .call import prepare
-
     special = [f"the deprecated {name}" for name in _DEPRECATED if arguments.get(name) is not None]
     record: Any = record_of(operation, arguments, special)
     if not special and (reason := record.refuse()):
@@ -141,8 +142,6 @@ _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _dtype_specials(operation: type[Loss], given: dict[str, Tensor]) -> list[str]:
-    from .call import autocasts
-
     special = []
     first, *_ = given.values()
     wide = any(given[name].dtype == torch.float64 for name in operation.decisive if name in given)
@@ -174,3 +173,58 @@ def _result_dtype(given: list[Tensor]) -> torch.dtype:
     for other in others:
         dtype = torch.promote_types(dtype, other)
     return dtype
+
+
+def prepare(
+    function: str,
+    record: Operation,
+    reductions: tuple[str, ...],
+    reduction: str,
+    dtype: torch.dtype,
+    tensors: tuple[Tensor | None, ...],
+    special: list[str],
+    row: int = 0,
+    classes: int = 0,
+    label: int | None = None,
+) -> Call:
+    """Summarise a call.
+
+    Args:
+        function: its name in torch.nn.functional.
+        record: its options.
+        reductions: those that the operation has.
+        reduction: the one of this call.
+        dtype: of the result, outside of autocast.
+        tensors: its operands, None for one that wasn't given; the first one is the input.
+        special: what is known to be beyond the compiled backends.
+        row: of a softmax, its classes if they lie side by side.
+        classes: of a softmax.
+        label: which of the operands has class indices, as its place.
+    """
+    input = tensors[0]
+    assert input is not None
+    given = [t for t in tensors if t is not None]
+    add_circumstances(given, special)
+    if not (isinstance(reduction, str) and reduction in reductions):
+        special.append(f"reduction={reduction!r}")
+    device = input.device
+    # integers among the operands of an elementwise loss become numbers of the others' dtype
+    floats = [t.is_floating_point() or t.is_complex() for t in given]
+    dtypes = tuple([t.dtype for k, t in enumerate(given) if floats[k] or classes or k == label])
+    dtypes = dtypes or tuple([t.dtype for t in given])
+    if autocasts(device):
+        # Losses are on autocast's float32 list. A kernel computes in float32 anyway and
+        # writes each gradient in its tensor's own dtype, so no cast copies are needed.
+        dtype = torch.float32
+        if torch.float64 in dtypes:
+            special.append("float64 under autocast, which leaves it alone")
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    numel = input.numel()
+    if type(numel) is not int:
+        special.append(f"{numel} elements, a symbol")
+        numel = row = classes = 0
+    request = Request(
+        function, device.type, dtypes, numel, tuple(special), capability, dispatch.insisted(),
+        crossover(type(record), input.dtype.itemsize, row), label,
+    )  # fmt: skip
+    return Call(request, Options(record, reduction, dtype), tensors, classes)

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, ParamSpec
+from typing import Any, ClassVar, ParamSpec
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn._reduction import get_enum
-from torch.utils._device import DeviceContext
 
 from .. import dispatch
-from ..dispatch import Decision, Request
+from ..dispatch import Decision
 from ..errors import BackendUnavailable
-from ..kernels.layout import is_released, released_error
-from ..kernels.operation import Operation, Options
+from ..kernels.operation import Operation
 from .analysis import Call, analyse
-from .autograd import Expected, evaluate
-from .crossover import crossover, quick_test, usual_crossover
+from .circumstances import is_foreign
+from .crossover import quick_test, usual_crossover
+from .route import RouteCache, key_of
 
 # Names of their own, for what the smallest calls have to ask.
 is_compiling, tracing_state = torch.compiler.is_compiling, torch._C._get_tracing_state
@@ -32,230 +29,8 @@ insisted = dispatch.insisted
 FUNCTIONS: dict[str, type[Operation]] = {}
 
 P = ParamSpec("P")
-Tensors = tuple[Tensor | None, ...]
-
-_AUTOCAST = ("cpu", "cuda", "xpu")
 #: torch's numbers for the reductions, as its own functions pass them on
 REDUCTIONS = {name: get_enum(name) for name in ("none", "mean", "sum")}
-_PLAIN = (Tensor, torch.nn.Parameter)
-_NUMBERS = (str, int, float, bool, type(None))
-
-
-def prepare(
-    function: str,
-    record: Operation,
-    reductions: tuple[str, ...],
-    reduction: str,
-    dtype: torch.dtype,
-    tensors: Tensors,
-    special: list[str],
-    row: int = 0,
-    classes: int = 0,
-    label: int | None = None,
-) -> Call:
-    """Summarise a call.
-
-    Args:
-        function: its name in torch.nn.functional.
-        record: its options.
-        reductions: those that the operation has.
-        reduction: the one of this call.
-        dtype: of the result, outside of autocast.
-        tensors: its operands, None for one that wasn't given; the first one is the input.
-        special: what is known to be beyond the compiled backends.
-        row: of a softmax, its classes if they lie side by side.
-        classes: of a softmax.
-        label: which of the operands has class indices, as its place.
-    """
-    input = tensors[0]
-    assert input is not None
-    given = [t for t in tensors if t is not None]
-    _add_circumstances(given, special)
-    if not (isinstance(reduction, str) and reduction in reductions):
-        special.append(f"reduction={reduction!r}")
-    device = input.device
-    # integers among the operands of an elementwise loss become numbers of the others' dtype
-    numbers = [t.is_floating_point() or t.is_complex() for t in given]
-    dtypes = tuple([t.dtype for k, t in enumerate(given) if numbers[k] or classes or k == label])
-    dtypes = dtypes or tuple([t.dtype for t in given])
-    if autocasts(device):
-        # Losses are on autocast's float32 list. A kernel computes in float32 anyway and
-        # writes each gradient in its tensor's own dtype, so no cast copies are needed.
-        dtype = torch.float32
-        if torch.float64 in dtypes:
-            special.append("float64 under autocast, which leaves it alone")
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    numel = input.numel()
-    if type(numel) is not int:
-        special.append(f"{numel} elements, a symbol")
-        numel = row = classes = 0
-    request = Request(
-        function, device.type, dtypes, numel, tuple(special), capability, dispatch.insisted(),
-        crossover(type(record), input.dtype.itemsize, row), label,
-    )  # fmt: skip
-    return Call(request, Options(record, reduction, dtype), tensors, classes)
-
-
-def autocasts(device: torch.device) -> bool:
-    """Whether autocast is on; asking torch about other devices (meta) raises."""
-    return device.type in _AUTOCAST and torch.is_autocast_enabled(device.type)
-
-
-def _add_circumstances(tensors: list[Tensor], special: list[str]) -> None:
-    """Note what only torch itself can follow, in the tensors and around the call."""
-    device, ambience = tensors[0].device, _ambience()
-    for t in tensors:
-        if type(t) not in _PLAIN:
-            special.append(f"a tensor of type {type(t).__name__}")
-        elif t.layout is not torch.strided:
-            special.append(f"layout={t.layout}")
-        elif t.is_neg():
-            special.append("a lazily negated tensor")
-        elif t._is_zerotensor():
-            special.append("a tensor of zeros without memory")
-        elif not ambience and is_released(t):  # under a transform tensors have no address
-            raise released_error("a tensor", t)  # some of torch's own code would end the process
-        if t.device != device:
-            special.append("tensors on different devices")
-    special += ambience
-
-
-def _ambience() -> list[str]:
-    """What there is around a call that only torch itself can follow."""
-    special = []
-    if torch._C._len_torch_function_stack() and _has_function_mode():
-        special.append("a torch function override")
-    if torch._C._are_functorch_transforms_active():
-        special.append("a torch.func transform")
-    if torch.autograd.forward_ad._current_level >= 0:
-        special.append("forward-mode differentiation")
-    if torch.compiler.is_compiling():
-        special.append("torch.compile")
-    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
-        special.append("tracing")
-    return special
-
-
-def _has_function_mode() -> bool:
-    """Whether some mode wants to see torch's functions; torch.set_default_device is one, too."""
-    return any(
-        type(torch._C._get_function_stack_at(k)) is not DeviceContext
-        for k in range(torch._C._len_torch_function_stack())
-    )
-
-
-def _is_foreign(values: tuple[Any, ...]) -> bool:
-    """Whether a call is torch's for what its tensors are, or for what is around it.
-
-    Nothing need be asked of such tensors then: their sizes may be symbols, on which to decide
-    would narrow a trace, or not be known yet.
-    """
-    foreign = any(isinstance(v, Tensor) and type(v) not in _PLAIN for v in values)
-    return foreign or bool(_ambience())
-
-
-class Route(NamedTuple):
-    """A call's analysis, for all calls of the same metadata.
-
-    Attributes:
-        backend: the one to serve it, None for the reference.
-        options: the call without its tensors.
-        places: where the arguments have each operand; None for one not given.
-        expected: of their backward passes.
-        warning: what torch warns of at such a call.
-    """
-
-    backend: Any
-    options: Options
-    places: tuple[int | None, ...]
-    expected: Expected
-    warning: str | None
-
-    def serve(self, values: tuple[Any, ...]) -> Tensor | None:
-        if self.backend is None:
-            return None
-        if self.warning is not None:
-            warnings.warn(self.warning, stacklevel=4)
-        tensors = tuple([None if k is None else values[k] for k in self.places])
-        record: Any = self.options.record
-        if record.arranged:
-            tensors = record.arrange(*tensors)
-        return evaluate(self.backend, self.options, self.expected, tensors)
-
-
-class RouteCache:
-    """What has been settled about the calls of one function, by all that the outcome depends on."""
-
-    LIMIT = 1024
-    _all: ClassVar[list[RouteCache]] = []
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[Any, ...], Route] = {}
-        self._expected: dict[tuple[Any, ...], Expected] = {}
-        self._all.append(self)
-
-    @classmethod
-    def forget(cls) -> None:
-        """Settle everything anew, under other rules."""
-        dispatch.choose.cache_clear()
-        for cache in cls._all:
-            cache._known.clear()
-            cache._expected.clear()
-
-    def find(self, key: tuple[Any, ...] | None) -> Route | None:
-        return None if key is None else self._known.get(key)
-
-    def settle(
-        self,
-        key: tuple[Any, ...] | None,
-        call: Call,
-        places: tuple[int | None, ...],
-    ) -> Route:
-        """Decide about a call, and remember it.
-
-        Raises:
-            BackendUnavailable: the backend insisted on can't serve the call.
-        """
-        name = dispatch.choose(call.request).backend
-        backend = None if name == "reference" else dispatch.load(name)
-        expected = Expected() if backend is None else self._expect(name, call)
-        route = Route(backend, call.options, places, expected, call.warning)
-        if key is not None:
-            if len(self._known) >= self.LIMIT:
-                self._known.clear()
-            self._known[key] = route
-        return route
-
-    def _expect(self, backend: str, call: Call) -> Expected:
-        """What the backward passes of calls like this one have asked a backend for."""
-        if len(self._expected) >= self.LIMIT:
-            self._expected.clear()
-        return self._expected.setdefault((backend, *call.kind()), Expected())
-
-
-def _key(names: Any, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """All of a call that an analysis looks at; None where that may be more than this.
-
-    Args:
-        names: of those arguments that were given by name, the last ones.
-        values: all arguments.
-    """
-    if _ambience():
-        return None
-    key: list[Any] = [dispatch.insisted(), *names]
-    for value in values:
-        kind = type(value)
-        if kind in _PLAIN:
-            if value.layout is not torch.strided or value.is_neg() or is_released(value):
-                return None
-            device = value.device
-            key += (value.shape, value.stride(), value.dtype, device, value.requires_grad)
-            key.append(autocasts(device))
-        elif kind in _NUMBERS or isinstance(value, np.number):
-            key += (kind, value)
-        else:
-            return None
-    return tuple(key)
 
 
 def loss(
@@ -315,13 +90,13 @@ def loss(
             ):  # fmt: skip
                 return fallback(*args, **kwargs)
             values = (*args, *kwargs.values())
-            key = _key(kwargs, values)
+            key = key_of(kwargs, values)
             route = cache.find(key)
             if route is None:
                 if (tracer := tracer_of(*values)) is not None:
                     node: Tensor = tracer.create_proxy("call_function", function, args, kwargs)
                     return node
-                if key is None and insisted() is None and _is_foreign(values):
+                if key is None and insisted() is None and is_foreign(values):
                     return fallback(*args, **kwargs)
                 call = analysed(args, kwargs)
                 if call is None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from ..front.torch_only import TorchOnly, TorchOnlyModule
 
@@ -44,3 +47,6 @@ class AdaptiveLogSoftmaxWithLoss(
 
     Reference: :class:`torch.nn.AdaptiveLogSoftmaxWithLoss`
     """
+
+    def forward(self, input_: Tensor, target_: Tensor) -> Any:
+        return self.serve(input_, target_)

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch._C import _nn
 from torch.nn import functional as F
 
-from ..front.analysis import Call
-from ..front.call import REDUCTIONS, LossModule, autocasts, loss, prepare
+from ..front.analysis import Call, prepare
+from ..front.call import REDUCTIONS, LossModule, loss
+from ..front.circumstances import autocasts
 from ..kernels.layout import class_axis
 from ..kernels.operation import Softmax
 from ..kernels.reference import out_of_bounds

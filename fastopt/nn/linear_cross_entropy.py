@@ -99,3 +99,6 @@ if TYPE_CHECKING or hasattr(F, "linear_cross_entropy"):
 
         Reference: :class:`torch.nn.LinearCrossEntropyLoss`
         """
+
+        def forward(self, input: Tensor, target: Tensor) -> Any:
+            return self.serve(input, target)

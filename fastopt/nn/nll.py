@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from typing_extensions import deprecated
 
-from ..front.analysis import Call
-from ..front.call import REDUCTIONS, LossModule, autocasts, loss, prepare
+from ..front.analysis import Call, prepare
+from ..front.call import REDUCTIONS, LossModule, loss
+from ..front.circumstances import autocasts
 from ..kernels.operation import Gather
 
 __all__ = ["NLLLoss", "NLLLoss2d", "nll_loss"]
@@ -134,8 +135,7 @@ with warnings.catch_warnings():
         r"""Negative log-likelihood by its old name, deprecated in torch: use :class:`NLLLoss`.
 
         Args:
-            weight, size_average, ignore_index, reduce, reduction: see
-                :class:`fastopt.nn.NLLLoss`.
+            args, kwargs: see :class:`fastopt.nn.NLLLoss`.
 
         Example:
             >>> criterion = fastopt.nn.NLLLoss2d()  # warns

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..front.analysis import Call, analyse
-from ..front.call import LossModule, autocasts, loss
+from ..front.call import LossModule, loss
+from ..front.circumstances import autocasts
 from .triplet_margin import TripletMargin
 
 __all__ = ["TripletMarginWithDistanceLoss", "triplet_margin_with_distance_loss"]

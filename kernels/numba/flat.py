@@ -29,7 +29,8 @@ from ..elementwise import (
 from ..operation import Elementwise, Options
 from . import memory
 from .compiler import dtype_name, kernel, optional_pointer, pointer, region, summing_kernel
-from .pointer import load, load_each_or_one, moved, store, store_products
+from .pointer import load, store
+from .pointers import load_each_or_one, moved, store_products
 from .record import Values, read_record, value_and_slopes
 from .reduction import sum_all
 from .threads import Launcher, parts_for

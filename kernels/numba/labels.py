@@ -8,7 +8,8 @@ from numba.core import types
 from numba.extending import overload
 
 from .compiler import FUNCTION_OPTIONS
-from .pointer import load, load_each_or_one, store
+from .pointer import load, store
+from .pointers import load_each_or_one
 
 __all__ = ["is_label", "label_of", "numbers_of_row"]
 

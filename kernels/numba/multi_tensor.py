@@ -19,7 +19,8 @@ from numba.core import types
 from ..tables import Launch, Tables
 from .compiler import dtype_name, kernel, pointer, region
 from .formulas import constants, update
-from .pointer import Rows, at, at_each, cast_record, load, load_each, read_row, store, store_each
+from .pointer import Rows, at, cast_record, load, read_row, store
+from .pointers import at_each, load_each, store_each
 from .threads import Launcher, parts_for
 from .vector_math import cast
 

@@ -16,8 +16,8 @@ from numba.core import cgutils, types
 from numba.extending import NativeValue, intrinsic, models, register_model, unbox
 
 SLOTS = 21
-_BYTE = ir.IntType(8)
-_IR = {
+BYTE = ir.IntType(8)
+IR = {
     "float64": ir.DoubleType(),
     "float32": ir.FloatType(),
     "float16": ir.IntType(16),
@@ -69,7 +69,7 @@ class Rows(types.Type):
 @register_model(Rows)
 class AddressModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: types.Type) -> None:
-        super().__init__(dmm, fe_type, _BYTE.as_pointer())
+        super().__init__(dmm, fe_type, BYTE.as_pointer())
 
 
 @unbox(Pointer)
@@ -83,7 +83,7 @@ def unbox_address(typ: types.Type, obj: Any, c: Any) -> NativeValue:
 
 
 def _element_pointer(builder: Any, pointer: Any, typ: Pointer, index: Any) -> Any:
-    base = builder.bitcast(pointer, _IR[typ.element].as_pointer())
+    base = builder.bitcast(pointer, IR[typ.element].as_pointer())
     return base if typ.fixed else builder.gep(base, [index])
 
 
@@ -108,9 +108,9 @@ def _tag(builder: Any, instruction: Any, slot: int) -> None:
     instruction.set_metadata("noalias", module.add_metadata(others))
 
 
-def _emit_load(builder: Any, typ: Pointer, pointer: Any, index: Any, width: int = 1) -> Any:
+def emit_load(builder: Any, typ: Pointer, pointer: Any, index: Any, width: int = 1) -> Any:
     place = _element_pointer(builder, pointer, typ, index)
-    element = _IR[typ.element]
+    element = IR[typ.element]
     if width > 1:
         place = builder.bitcast(place, _many(element, width).as_pointer())
     value = builder.load(place, align=_BYTES[typ.element])
@@ -134,7 +134,7 @@ def _widen(builder: Any, typ: Pointer, value: Any, width: int = 1) -> Any:
     return value
 
 
-def _emit_store(
+def emit_store(
     builder: Any, typ: Pointer, pointer: Any, index: Any, value: Any, width: int = 1
 ) -> None:
     if typ.compute == types.float64 and typ.element != "float64":
@@ -169,7 +169,7 @@ def load(typingctx: Any, pointer: Any, index: Any) -> Any:
     """pointer[index], in the pointer's compute dtype."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _emit_load(builder, pointer, *args)
+        return emit_load(builder, pointer, *args)
 
     return pointer.compute(pointer, types.intp), codegen
 
@@ -194,7 +194,7 @@ def from_bits(typingctx: Any, bits: Any, pointer: Any) -> Any:
     """What `load` makes of an element of these bits."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _widen(builder, pointer, builder.bitcast(args[0], _IR[pointer.element]))
+        return _widen(builder, pointer, builder.bitcast(args[0], IR[pointer.element]))
 
     return pointer.compute(bits, pointer), codegen
 
@@ -204,7 +204,7 @@ def store(typingctx: Any, pointer: Any, index: Any, value: Any) -> Any:
     """pointer[index] = value, rounded once to the element's dtype."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _emit_store(builder, pointer, *args)
+        emit_store(builder, pointer, *args)
         return context.get_dummy_value()
 
     return types.void(pointer, types.intp, pointer.compute), codegen
@@ -225,7 +225,7 @@ def turn(
         rows = []
         for k in range(SIDE):
             at = builder.add(start, builder.mul(step, ir.Constant(step.type, k)))
-            rows.append(_emit_load(builder, source, typ, at, SIDE))
+            rows.append(emit_load(builder, source, typ, at, SIDE))
         half = SIDE // 2
         while half:  # swap the off-diagonal quarters of ever smaller squares
             for k in range(SIDE):
@@ -241,7 +241,7 @@ def turn(
             half //= 2
         for k in range(SIDE):
             at = builder.add(to_start, builder.mul(to_step, ir.Constant(to_step.type, k)))
-            _emit_store(builder, out, to, at, rows[k], SIDE)
+            emit_store(builder, out, to, at, rows[k], SIDE)
         return context.get_dummy_value()
 
     index = types.intp
@@ -263,7 +263,7 @@ def prefetch(typingctx: Any, pointer: Any, index: Any) -> Any:
     """Have the cache line of pointer[index] fetched while other work goes on."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        address, number = _BYTE.as_pointer(), ir.IntType(32)
+        address, number = BYTE.as_pointer(), ir.IntType(32)
         function = builder.module.declare_intrinsic(
             "llvm.prefetch",
             [address],
@@ -279,126 +279,13 @@ def prefetch(typingctx: Any, pointer: Any, index: Any) -> Any:
 
 
 @intrinsic
-def load_each(typingctx: Any, pointers: Any, index: Any) -> Any:
-    """The tuple of ``load(p, index)`` for each p of a tuple; None stays None."""
-    results = [p.compute if isinstance(p, Pointer) else types.none for p in pointers]
-    result = types.Tuple(results)
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        values = [
-            _emit_load(builder, p, builder.extract_value(args[0], k), args[1])
-            if isinstance(p, Pointer)
-            else context.get_dummy_value()
-            for k, p in enumerate(pointers)
-        ]
-        return context.make_tuple(builder, result, values)
-
-    return result(pointers, types.intp), codegen
-
-
-@intrinsic
-def store_each(typingctx: Any, pointers: Any, index: Any, values: Any) -> Any:
-    """``store(p, index, value)`` for each pair of two tuples; None is skipped."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        for k, p in enumerate(pointers):
-            if isinstance(p, Pointer):
-                value = builder.extract_value(args[2], k)
-                value = context.cast(builder, value, values[k], p.compute)
-                _emit_store(builder, p, builder.extract_value(args[0], k), args[1], value)
-        return context.get_dummy_value()
-
-    return types.void(pointers, types.intp, values), codegen
-
-
-@intrinsic
-def load_each_or_one(typingctx: Any, pointers: Any, index: Any, like: Any) -> Any:
-    """The tuple of ``load(p, index)`` for each p of a tuple; for None a 1 of the type of `like`."""
-    results = [p.compute if isinstance(p, Pointer) else like for p in pointers]
-    result = types.Tuple(results)
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        values = [
-            _emit_load(builder, p, builder.extract_value(args[0], k), args[1])
-            if isinstance(p, Pointer)
-            else context.get_constant(like, 1)
-            for k, p in enumerate(pointers)
-        ]
-        return context.make_tuple(builder, result, values)
-
-    return result(pointers, types.intp, like), codegen
-
-
-@intrinsic
-def store_products(typingctx: Any, pointers: Any, index: Any, values: Any, factor: Any) -> Any:
-    """``store(p, index, factor * value)`` for each pair of two tuples; None is skipped."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        for k, p in enumerate(pointers):
-            if isinstance(p, Pointer):
-                value = context.cast(builder, builder.extract_value(args[2], k), values[k], factor)
-                product = builder.fmul(value, args[3])
-                _emit_store(builder, p, builder.extract_value(args[0], k), args[1], product)
-        return context.get_dummy_value()
-
-    return types.void(pointers, types.intp, values, factor), codegen
-
-
-@intrinsic
-def moved(typingctx: Any, pointers: Any, steps: Any, first: Any, second: Any) -> Any:
-    """Pointers like `pointers`, each further by first and second times its two steps.
-
-    steps: the address of two int64 for each pointer.
-    """
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        values = []
-        for k, p in enumerate(pointers):
-            pointer = builder.extract_value(args[0], k)
-            if isinstance(p, Pointer):
-                ways = [
-                    builder.mul(
-                        _emit_load(builder, steps, args[1], ir.Constant(ir.IntType(64), 2 * k + j)),
-                        args[2 + j],
-                    )
-                    for j in range(2)
-                ]
-                base = builder.bitcast(pointer, _IR[p.element].as_pointer())
-                pointer = builder.gep(base, [builder.add(*ways)])
-                pointer = builder.bitcast(pointer, _BYTE.as_pointer())
-            values.append(pointer)
-        return context.make_tuple(builder, pointers, values)
-
-    return pointers(pointers, steps, types.intp, types.intp), codegen
-
-
-@intrinsic
 def at(typingctx: Any, pointer: Any, address: Any) -> Any:
     """A pointer like `pointer` to the integer `address`."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[1], _BYTE.as_pointer())
+        return builder.inttoptr(args[1], BYTE.as_pointer())
 
     return pointer(pointer, types.intp), codegen
-
-
-@intrinsic
-def at_each(typingctx: Any, pointers: Any, table: Any, stride: Any, index: Any) -> Any:
-    """Pointers like `pointers`, to the addresses table[k * stride + index] for k = 0, 1, …"""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        values = []
-        position = args[3]
-        for p in pointers:
-            if isinstance(p, Pointer):
-                address = _emit_load(builder, table, args[1], position)
-                values.append(builder.inttoptr(address, _BYTE.as_pointer()))
-            else:
-                values.append(context.get_dummy_value())
-            position = builder.add(position, args[2])
-        return context.make_tuple(builder, pointers, values)
-
-    return pointers(pointers, table, types.intp, types.intp), codegen
 
 
 @intrinsic

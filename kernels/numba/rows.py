@@ -21,7 +21,8 @@ from ..rowwise import Rows, divisor_of, empty_grads, rows_of
 from . import memory
 from .compiler import dtype_name, kernel, optional_pointer, pointer, region, summing_kernel
 from .labels import is_label, label_of, numbers_of_row
-from .pointer import load, load_each_or_one, moved, store, store_products
+from .pointer import load, store
+from .pointers import load_each_or_one, moved, store_products
 from .record import Values, finish, fold, read_record, slopes
 from .reduction import sum_all
 from .threads import Launcher, parts_for

@@ -1,0 +1,74 @@
+"""What there is about the tensors of a call, and around it, that only torch itself can follow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._device import DeviceContext
+
+from ..kernels.layout import is_released, released_error
+
+__all__ = ["PLAIN", "add_circumstances", "ambience_of", "autocasts", "is_foreign"]
+
+_AUTOCAST = ("cpu", "cuda", "xpu")
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on; asking torch about other devices (meta) raises."""
+    return device.type in _AUTOCAST and torch.is_autocast_enabled(device.type)
+
+
+def add_circumstances(tensors: list[Tensor], special: list[str]) -> None:
+    """Note what only torch itself can follow, in the tensors and around the call."""
+    device, around = tensors[0].device, ambience_of()
+    for t in tensors:
+        if type(t) not in PLAIN:
+            special.append(f"a tensor of type {type(t).__name__}")
+        elif t.layout is not torch.strided:
+            special.append(f"layout={t.layout}")
+        elif t.is_neg():
+            special.append("a lazily negated tensor")
+        elif t._is_zerotensor():
+            special.append("a tensor of zeros without memory")
+        elif not around and is_released(t):  # under a transform tensors have no address
+            raise released_error("a tensor", t)  # some of torch's own code would end the process
+        if t.device != device:
+            special.append("tensors on different devices")
+    special += around
+
+
+def ambience_of() -> list[str]:
+    """What there is around a call that only torch itself can follow."""
+    special = []
+    if torch._C._len_torch_function_stack() and _has_function_mode():
+        special.append("a torch function override")
+    if torch._C._are_functorch_transforms_active():
+        special.append("a torch.func transform")
+    if torch.autograd.forward_ad._current_level >= 0:
+        special.append("forward-mode differentiation")
+    if torch.compiler.is_compiling():
+        special.append("torch.compile")
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        special.append("tracing")
+    return special
+
+
+def _has_function_mode() -> bool:
+    """Whether some mode wants to see torch's functions; torch.set_default_device is one, too."""
+    return any(
+        type(torch._C._get_function_stack_at(k)) is not DeviceContext
+        for k in range(torch._C._len_torch_function_stack())
+    )
+
+
+def is_foreign(values: tuple[Any, ...]) -> bool:
+    """Whether a call is torch's for what its tensors are, or for what is around it.
+
+    Nothing need be asked of such tensors then: their sizes may be symbols, on which to decide
+    would narrow a trace, or not be known yet.
+    """
+    foreign = any(isinstance(v, Tensor) and type(v) not in PLAIN for v in values)
+    return foreign or bool(ambience_of())

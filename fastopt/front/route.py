@@ -1,0 +1,125 @@
+"""Routes: what has been settled about calls, for all later calls of the same metadata."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..kernels.layout import is_released
+from ..kernels.operation import Options
+from .analysis import Call
+from .autograd import Expected, evaluate
+from .circumstances import PLAIN, ambience_of, autocasts
+
+__all__ = ["Route", "RouteCache", "key_of"]
+
+_NUMBERS = (str, int, float, bool, type(None))
+
+
+class Route(NamedTuple):
+    """A call's analysis, for all calls of the same metadata.
+
+    Attributes:
+        backend: the one to serve it, None for the reference.
+        options: the call without its tensors.
+        places: where the arguments have each operand; None for one not given.
+        expected: of their backward passes.
+        warning: what torch warns of at such a call.
+    """
+
+    backend: Any
+    options: Options
+    places: tuple[int | None, ...]
+    expected: Expected
+    warning: str | None
+
+    def serve(self, values: tuple[Any, ...]) -> Tensor | None:
+        if self.backend is None:
+            return None
+        if self.warning is not None:
+            warnings.warn(self.warning, stacklevel=4)
+        tensors = tuple([None if k is None else values[k] for k in self.places])
+        record: Any = self.options.record
+        if record.arranged:
+            tensors = record.arrange(*tensors)
+        return evaluate(self.backend, self.options, self.expected, tensors)
+
+
+class RouteCache:
+    """What has been settled about the calls of one function, by all that the outcome depends on."""
+
+    LIMIT = 1024
+    _all: ClassVar[list[RouteCache]] = []
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], Route] = {}
+        self._expected: dict[tuple[Any, ...], Expected] = {}
+        self._all.append(self)
+
+    @classmethod
+    def forget(cls) -> None:
+        """Settle everything anew, under other rules."""
+        dispatch.choose.cache_clear()
+        for cache in cls._all:
+            cache._known.clear()
+            cache._expected.clear()
+
+    def find(self, key: tuple[Any, ...] | None) -> Route | None:
+        return None if key is None else self._known.get(key)
+
+    def settle(
+        self,
+        key: tuple[Any, ...] | None,
+        call: Call,
+        places: tuple[int | None, ...],
+    ) -> Route:
+        """Decide about a call, and remember it.
+
+        Raises:
+            BackendUnavailable: the backend insisted on can't serve the call.
+        """
+        name = dispatch.choose(call.request).backend
+        backend = None if name == "reference" else dispatch.load(name)
+        expected = Expected() if backend is None else self._expect(name, call)
+        route = Route(backend, call.options, places, expected, call.warning)
+        if key is not None:
+            if len(self._known) >= self.LIMIT:
+                self._known.clear()
+            self._known[key] = route
+        return route
+
+    def _expect(self, backend: str, call: Call) -> Expected:
+        """What the backward passes of calls like this one have asked a backend for."""
+        if len(self._expected) >= self.LIMIT:
+            self._expected.clear()
+        return self._expected.setdefault((backend, *call.kind()), Expected())
+
+
+def key_of(names: Any, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """All of a call that an analysis looks at; None where that may be more than this.
+
+    Args:
+        names: of those arguments that were given by name, the last ones.
+        values: all arguments.
+    """
+    if ambience_of():
+        return None
+    key: list[Any] = [dispatch.insisted(), *names]
+    for value in values:
+        kind = type(value)
+        if kind in PLAIN:
+            if value.layout is not torch.strided or value.is_neg() or is_released(value):
+                return None
+            device = value.device
+            key += (value.shape, value.stride(), value.dtype, device, value.requires_grad)
+            key.append(autocasts(device))
+        elif kind in _NUMBERS or isinstance(value, np.number):
+            key += (kind, value)
+        else:
+            return None
+    return tuple(key)
