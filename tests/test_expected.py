@@ -19,7 +19,7 @@ import fastopt.nn.functional as ours
 from fastopt.front.autograd import Expected
 from fastopt.front.route import RouteCache
 
-each_loss = pytest.mark.parametrize("name", fastopt.nn._operations.FUNCTIONS)
+each_loss = pytest.mark.parametrize("name", ["cross_entropy", "l1_loss", "mse_loss"])
 
 
 @pytest.fixture(autouse=True)

@@ -557,7 +557,9 @@ def test_autocast_that_leaves_parts_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "distance", [None, torch.nn.PairwiseDistance(), theirs.pairwise_distance], ids=str
+    "distance",
+    [None, torch.nn.PairwiseDistance(), theirs.pairwise_distance],
+    ids=["none", "module", "function"],
 )
 def test_default_distance(distance: Any) -> None:
     assert_same(DISTANCE, columns(DISTANCE, (5, 6), torch.float32), {"distance_function": distance})

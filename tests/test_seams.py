@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastopt
 import fastopt.nn.functional as ours
 
-each_loss = pytest.mark.parametrize("name", fastopt.nn._operations.FUNCTIONS)
+each_loss = pytest.mark.parametrize("name", ["cross_entropy", "l1_loss", "mse_loss"])
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +125,7 @@ def found():
     return results
 
 before = found()
-for name in fastopt.nn.functional.__all__:
+for name in fastopt.nn._operations.FUNCTIONS:
     setattr(F, name, getattr(fastopt.nn.functional, name))
 torch.nn.CrossEntropyLoss, torch.nn.MSELoss = fastopt.nn.CrossEntropyLoss, fastopt.nn.MSELoss
 for where, result in found().items():

@@ -18,7 +18,7 @@ import fastopt
 import fastopt.nn.functional as ours
 from fastopt.front.route import RouteCache
 
-each_loss = pytest.mark.parametrize("name", fastopt.nn._operations.FUNCTIONS)
+each_loss = pytest.mark.parametrize("name", ["cross_entropy", "l1_loss", "mse_loss"])
 each_optimizer = pytest.mark.parametrize("name", fastopt.optim._operations.OPTIMIZERS)
 
 
