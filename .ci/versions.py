@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "versions.md"
@@ -27,6 +28,8 @@ ENVIRONMENTS = {
 }
 TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "expecttest>=0.3", "setuptools>=77")
 KERNELS = ("losses", "optimizers")
+#: Of each test's cases one in so many runs: versions differ in kinds of calls, not in single ones.
+ONE_IN = 6
 #: What runs, in the order of the page's columns: tests, and environment variables.
 SUITES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "kernels": (KERNELS, {}),
@@ -45,7 +48,7 @@ HEAD = """\
 `make versions` makes three environments from the package index alone: with the oldest torch, numba
 and numpy that [pyproject.toml](../pyproject.toml) admits, with what
 [constraints.txt](../constraints.txt) pins, and with the newest of each. Every torch has the Triton
-that it asks for. In each these tests run, on a CPU:
+that it asks for. In each these tests run, on a CPU, with one in {one_in} of each test's cases:
 
 """
 NUMBERS = ("passed", "skipped", "failed")
@@ -69,12 +72,38 @@ def versions(python: str) -> list[str]:
     return subprocess.check_output([python, "-c", code], text=True).split()
 
 
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """This file is also a plugin of pytest's."""
+    tests: dict[tuple[Any, str], list[Any]] = {}
+    for item in items:
+        tests.setdefault((item.path, item.originalname), []).append(item)
+    items[:] = [
+        case
+        for cases in tests.values()
+        for case in cases[len(cases) % ONE_IN :: ONE_IN] or cases[:1]
+    ]
+
+
 def run(python: str, work: Path, names: tuple[str, ...], variables: dict[str, str]) -> list[int]:
     """How many tests passed, were skipped and failed; all that do not pass are printed."""
     report = work / "report.xml"
+    plugin = ("-p", Path(__file__).stem)
     options = ("--numprocesses", "auto", "--dist", "worksteal", "-rfE", f"--junitxml={report}")
-    command = [python, "-m", "pytest", *options, *(f"tests/test_{name}.py" for name in names)]
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **variables}
+    command = [
+        python,
+        "-m",
+        "pytest",
+        *plugin,
+        *options,
+        *(f"tests/test_{name}.py" for name in names),
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parent),
+        "OMP_WAIT_POLICY": "passive",
+        "TRITON_CACHE_DIR": str(work / "triton"),  # what is compiled names files of its Triton
+        **variables,
+    }
     code = subprocess.run(command, cwd=ROOT, env=environment).returncode
     assert code in (0, 1, 5), f"pytest ended with {code}"
     (tag,) = re.findall(r"<testsuite [^>]*>", report.read_text())
@@ -116,7 +145,7 @@ def write(rows: dict[str, str]) -> None:
         + "".join(f", with `{k}={v}`" for k, v in variables.items())
         for title, (names, variables) in SUITES.items()
     ]
-    PAGE.write_text(HEAD + "\n".join([*what, "", *lines]) + "\n")
+    PAGE.write_text(HEAD.format(one_in=ONE_IN) + "\n".join([*what, "", *lines]) + "\n")
 
 
 def main() -> int:
