@@ -26,14 +26,16 @@ from torch.testing._internal.common_utils import noncontiguous_like
 import fastopt
 import fastopt.nn.functional as ours
 from fastopt.front.call import FUNCTIONS
-from fastopt.kernels.operation import Loss, Softmax
+from fastopt.kernels.operation import Elementwise, Loss, Softmax
 
 #: Torch's rows, of losses by element and cross-entropy (those of the others are in test_rows,
 #: test_nll and test_torch_only); of one that is there several times, the first is the plain one.
 OPS: dict[str, Any] = {}
 for _op in op_db:
     _name = _op.name.rpartition(".")[2]
-    if _op.name == f"nn.functional.{_name}" and _name in fastopt.nn._operations.FUNCTIONS:
+    if _op.name == f"nn.functional.{_name}" and issubclass(
+        FUNCTIONS.get(_name, object), Elementwise | Softmax
+    ):
         OPS.setdefault(_name, _op)
 EACH_OPERATION = pytest.mark.parametrize("operation", OPS)
 #: The losses whose samples are all taken in the longer tests; of the others every fourth.
@@ -94,8 +96,9 @@ def samples(operation: str, dtype: torch.dtype) -> list[Call]:
     """
     found, record = [], FUNCTIONS[operation]
     names = list(inspect.signature(getattr(theirs, operation)).parameters)
+    followed = dtype.is_floating_point or dtype.is_complex
     constants = getattr(record, "constants", ())
-    for s in OPS[operation].reference_inputs(DEVICE, dtype, requires_grad=True):
+    for s in OPS[operation].reference_inputs(DEVICE, dtype, requires_grad=followed):
         given = {**dict(zip(names, (s.input, *s.args), strict=False)), **s.kwargs}
         tensors = {k: v for k, v in given.items() if isinstance(v, Tensor)}
         for name in constants:
@@ -141,6 +144,12 @@ REASONS: dict[str, Callable[[Call], bool]] = {
         issubclass(FUNCTIONS[c.operation], Loss)
         and FUNCTIONS[c.operation].same_dtypes  # type: ignore[attr-defined]
         and len({t.dtype for t in c.tensors.values()}) > 1
+    ),
+    " of dtype torch.": lambda c: any(
+        issubclass(FUNCTIONS[c.operation], Loss)
+        and not (t.is_floating_point() or t.is_complex())
+        and name not in FUNCTIONS[c.operation].integers  # type: ignore[attr-defined]
+        for name, t in c.tensors.items()
     ),
     "a lazily negated tensor": lambda c: any(t.is_neg() for t in c.tensors.values()),
     " and strides ": lambda c: softmax(c) and not walkable(c.tensors["input"]),

@@ -15,6 +15,7 @@ __all__ = ["SoftMarginLoss", "soft_margin_loss"]
 
 
 class SoftMargin(Elementwise):
+    same_sizes = True
     domains = {"target": "sign"}
 
     def value_and_slopes(h, input: Any, target: Any) -> Any:
@@ -34,7 +35,7 @@ def soft_margin_loss(
 
     Args:
         input: any shape; float64, float32, bfloat16 or float16.
-        target: of a shape that broadcasts with input's.
+        target: 1 or -1, of input's shape.
         size_average, reduce: deprecated, as in torch.
         reduction: "none" gives the elements' values, "mean" their mean, "sum" their sum.
 
