@@ -46,6 +46,7 @@ ENOUGH = 6 if INTERPRETED else 12
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using a target size"),
     pytest.mark.filterwarnings("ignore:reduction. .mean. divides"),
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),  # without a batching rule
 ]
 
 
@@ -103,6 +104,9 @@ def samples(operation: str, dtype: torch.dtype) -> list[Call]:
         tensors = {k: v for k, v in given.items() if isinstance(v, Tensor)}
         for name in constants:
             tensors[name] = tensors[name].detach()
+        if operation == "hinge_embedding_loss":
+            # Of others than 1 and -1 the loss is a sum of two that cancel.
+            tensors["target"] = torch.where(tensors["target"] > 0, 1, -1).to(dtype)
         options = {k: v for k, v in given.items() if k not in tensors}
         weight, target = tensors.get("weight"), tensors.get("target")
         labels = target is not None and not (target.is_floating_point() or target.is_complex())
@@ -295,7 +299,9 @@ def test_error_samples(operation: str) -> None:
 
 @EACH_OPERATION
 def test_numerical_derivatives(operation: str) -> None:
-    for number, call in enumerate(thinned(samples(operation, torch.float64))):
+    op = OPS[operation]
+    calls = [c for c in thinned(samples(operation, torch.float64)) if call_is_finite(c)]
+    for number, call in enumerate(calls):
         served = call
 
         def loss(*wanted: Tensor, call: Call = call) -> Tensor:
@@ -311,13 +317,21 @@ def test_numerical_derivatives(operation: str) -> None:
             for test in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
                 assert test(served_loss, wanted, check_batched_grad=True, fast_mode=fast)
         wanted = tuple(call.wanted.values())
+        forward = op.supports_forward_ad
         assert torch.autograd.gradcheck(
-            loss, wanted, check_forward_ad=True, check_batched_forward_grad=True, fast_mode=fast
-        )
+            loss, wanted, check_forward_ad=forward, check_batched_forward_grad=forward,
+            fast_mode=fast,
+        )  # fmt: skip
         # Of undefined tangents torch's own mse_loss raises something.
         assert torch.autograd.gradgradcheck(
-            loss, wanted, check_fwd_over_rev=True, check_undefined_grad=False, fast_mode=fast
-        )
+            loss, wanted, check_fwd_over_rev=op.supports_fwgrad_bwgrad,
+            check_undefined_grad=False, fast_mode=fast,
+        )  # fmt: skip
+
+
+def call_is_finite(call: Call) -> bool:
+    """Whether there are numbers to differentiate."""
+    return bool(call(theirs).isfinite().all())
 
 
 def _sum(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -412,7 +426,12 @@ def test_transform(operation: str, transform: str) -> None:
 
             return TRANSFORMS[transform](loss, x, w)
 
-        expected = run(theirs)
+        try:
+            expected = run(theirs)
+        except (NotImplementedError, RuntimeError) as error:  # torch has no such derivative
+            with pytest.raises(type(error)):
+                run(ours)
+            continue
         assert_same(run(ours), expected)
         # linearize begins with a plain call
         said = "|".join([*CIRCUMSTANCES, *expected_reasons(call.with_gradients())])
