@@ -46,7 +46,7 @@ archives: $(DEV)  ## build wheel and sdist, test what they install on every Pyth
 	$(BIN)/python .ci/release.py $(ARGS)
 
 fuzz: $(DEV)  ## random calls by the thousand against torch's
-	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_fuzz.py tests/test_fuzz_optimizers.py $(ARGS)
+	FASTOPT_TEST_SEED=fresh HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_fuzz.py tests/test_fuzz_optimizers.py $(ARGS)
 
 gpu-check:  ## on a machine with a GPU: its tests and its benchmark, into one file; installs nothing
 	$(PYTHON) bench/gpu_check.py $(ARGS)

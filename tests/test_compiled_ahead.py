@@ -127,10 +127,10 @@ def test_pointwise_accesses(case: Case) -> None:
         share = code.constants["BLOCK"] // code.threads * dtype.itemsize
         for kind, count in zip(("load", "store"), streams, strict=True):
             inside = widths(code, kind, " + place", "place, None,")
-            assert [sum(group) for group in inside.values()] == [share] * count
+            assert sum(map(sum, inside.values())) == share * count  # of a loop over the tensors
             assert all_of_16_bytes(inside)
             last = widths(code, kind, " + place", "place, mask,")
-            assert [sum(group) for group in last.values()] == [share] * count
+            assert sum(map(sum, last.values())) == share * count
             assert all_of_16_bytes(last) == (not count or operation.count % 16 == 0)
 
 

@@ -34,8 +34,24 @@ def _compiled(function: Any) -> Any:
     return device_function(function)
 
 
-def _make(numbers, flags: tl.constexpr):
-    return FIELDS(*numbers, *flags)  # type: ignore[name-defined]  # noqa: F821
+# By the number of flags: Triton 3.7 unpacks no compile-time tuple.
+def _make_0(numbers, flags: tl.constexpr):
+    return FIELDS(*numbers)  # type: ignore[name-defined]  # noqa: F821
+
+
+def _make_1(numbers, flags: tl.constexpr):
+    return FIELDS(*numbers, flags[0])  # type: ignore[name-defined]  # noqa: F821
+
+
+def _make_2(numbers, flags: tl.constexpr):
+    return FIELDS(*numbers, flags[0], flags[1])  # type: ignore[name-defined]  # noqa: F821
+
+
+def _make_3(numbers, flags: tl.constexpr):
+    return FIELDS(*numbers, flags[0], flags[1], flags[2])  # type: ignore[name-defined]  # noqa: F821
+
+
+_MAKES = (_make_0, _make_1, _make_2, _make_3)
 
 
 @functools.cache
@@ -46,7 +62,8 @@ def _maker(operation: Any) -> Any:
     """
     names = (*operation.numbers, *operation.flags)
     fields: Any = namedtuple("Record", names)  # type: ignore[misc]
-    return _compiled(FunctionType(_make.__code__, {"FIELDS": fields, "tl": tl}, "_make"))
+    make = _MAKES[len(operation.flags)]
+    return _compiled(FunctionType(make.__code__, {"FIELDS": fields, "tl": tl}, make.__name__))
 
 
 def constants_of(record: Any) -> dict[str, Any]:
