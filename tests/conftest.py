@@ -52,9 +52,11 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from fastopt.kernels.numba import memory
 
     clean = memory.empty
-    monkeypatch.setattr(
-        memory, "empty", lambda shape, dtype: clean(shape, dtype).fill_(float("nan"))
-    )
+
+    def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return clean(shape, dtype).fill_(float("nan") if dtype.is_floating_point else 255)
+
+    monkeypatch.setattr(memory, "empty", poisoned)
     before = torch.are_deterministic_algorithms_enabled()
     # Makes torch.empty fill with NaN. Some of torch's own on a GPU can't be deterministic.
     torch.use_deterministic_algorithms(True, warn_only=DEVICE != "cpu")

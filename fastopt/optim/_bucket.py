@@ -27,6 +27,8 @@ def picker(places: Sequence[int], count: int) -> Callable[[list[Any]], list[Any]
     """A function that takes the items at some places out of a list of so many."""
     if list(places) == list(range(count)):
         return lambda items: items
+    if not places:
+        return lambda items: []
     if len(places) == 1:
         (place,) = places
         return lambda items: [items[place]]

@@ -222,7 +222,10 @@ class StepPlan:
     def _has_these_options(self, optimizer: PlannedStep) -> bool:
         """Whether the groups' options ask for the same plan; new numbers are taken in."""
         if self._fixed:
-            values = list(chain.from_iterable(map(self._options, optimizer.param_groups)))
+            try:
+                values = list(chain.from_iterable(map(self._options, optimizer.param_groups)))
+            except KeyError:  # one has been removed
+                return False
             if all(map(is_, values, self._values)):
                 return True
         if list(map(optimizer._flags, optimizer.param_groups)) != self._flags:
