@@ -124,8 +124,8 @@ def _pointwise(operation: str) -> list[LossCase]:
         case("empty-2d", pair(3, 0)),
         case("transposed", viewed(pair(33, 65), lambda t: t.t())),
         case("channels-last", viewed(pair(2, 3, 5, 7), channels_last)),
-        case("sliced", viewed(pair(40, 50), lambda t: t[:, ::2]), compiled=False),
-        case("rows-sliced", viewed(pair(40, 50), lambda t: t[:, 3:20]), compiled=False),
+        case("sliced", viewed(pair(40, 50), lambda t: t[:, ::2])),
+        case("rows-sliced", viewed(pair(40, 50), lambda t: t[:, 3:20])),
     ]
 
 
@@ -180,7 +180,7 @@ def _cross_entropy() -> list[LossCase]:
         case("probabilities-C", distributed(70)),
         case("probabilities-weight", distributed(33, 10, weight=True)),
         case("probabilities-smooth", distributed(33, 100, weight=True), label_smoothing=0.3),
-        case("probabilities-NCL", distributed(3, 5, 7), False),
+        case("probabilities-NCL", distributed(3, 5, 7)),
     ]
 
 

@@ -164,6 +164,7 @@ def test_counters_as_numbers(info: OptimizerInfo, number: type) -> None:
 @every_input(0, -1)
 def test_load_into_another_dtype(info: OptimizerInfo, place: int, dtype: torch.dtype) -> None:
     """States become the parameters' dtype as torch casts them, counters don't."""
+    torch.manual_seed(1)  # a centered variance in float16 is at times all rounding
     options = options_of(info, torch.float16)[place]
     first = Race(info.name, parameters(torch.float32), options)
     first.step()
