@@ -210,7 +210,9 @@ def prepare(
     device = input.device
     # integers among the operands of an elementwise loss become numbers of the others' dtype
     floats = [t.is_floating_point() or t.is_complex() for t in given]
-    dtypes = tuple([t.dtype for k, t in enumerate(given) if floats[k] or classes or k == label])
+    dtypes = tuple(
+        [t.dtype for k, t in enumerate(given) if floats[k] or classes or label is not None]
+    )
     dtypes = dtypes or tuple([t.dtype for t in given])
     if autocasts(device):
         # Losses are on autocast's float32 list. A kernel computes in float32 anyway and

@@ -65,7 +65,11 @@ def loss(
         FUNCTIONS[name] = operation
 
         def analysed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-            bound = signature.bind(*args, **kwargs)
+            try:
+                bound = signature.bind(*args, **kwargs)
+            except TypeError:
+                torchs(*args, **kwargs)  # which says so in its own words
+                raise
             bound.apply_defaults()
             with torch._C.DisableTorchFunction():  # no override gets to see what is asked
                 return analysis(name, bound.arguments)
