@@ -55,7 +55,7 @@ def loss(
         torchs: Callable[..., Tensor] = getattr(F, name)
         if "twin" not in vars(operation):  # a second function of the same operation is another one
             operation.twin = torchs
-        signature = inspect.signature(documented)
+        signature = inspect.signature(documented, eval_str=True)
         parameters = list(signature.parameters)
         fallback = torchs if native is None else native
         if not hasattr(operation, "crossover"):
