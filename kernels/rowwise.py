@@ -24,7 +24,7 @@ class Rows(NamedTuple):
         label: the classes of the rows.
         compute: the dtype to compute in.
         shape: of the result without a reduction.
-        total: how many rows there are.
+        number: how many rows there are.
         classes: how many classes.
     """
 
@@ -34,7 +34,7 @@ class Rows(NamedTuple):
     label: torch.Tensor | None
     compute: torch.dtype
     shape: torch.Size
-    total: int
+    number: int
     classes: int
 
 
@@ -70,7 +70,7 @@ def rows_of(operation: type[Rowwise], tensors: Tensors) -> Rows:
 
 def divisor_of(options: Options, rows: Rows) -> float:
     """What the sum of the rows' values is divided by: of nothing NaN, as in torch."""
-    return (float(rows.total) or math.nan) if options.reduction == "mean" else 1.0
+    return (float(rows.number) or math.nan) if options.reduction == "mean" else 1.0
 
 
 def empty_grads(

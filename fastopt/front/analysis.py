@@ -63,7 +63,7 @@ def record_of(
     return operation(**values)
 
 
-def analyse(operation: type[Loss], function: str, arguments: dict[str, Any]) -> Call | None:
+def analyse(operation: type[Any], function: str, arguments: dict[str, Any]) -> Call | None:
     """Summarise a call of a loss that formulas say all about.
 
     Args:

@@ -171,9 +171,10 @@ def _run(
         RuntimeError: torch's, of a label out of bounds.
     """
     record: Any = options.record
+    operation: Any = type(record)
     grads = grads[: len(record.columns)]
     launch = _launcher(
-        record.__class__,
+        operation,
         record.settings,
         dtype_name(rows.compute),
         *[_dtypes(each) for each in (rows.at_class, rows.of_row, grads)],
@@ -183,15 +184,15 @@ def _run(
     steps = np.array([(step, 0) for step in rows.steps], np.int64)
     wrong = np.zeros(1, np.int64)
     group = max(1, CHUNK // rows.classes)
-    sums = None if loss is None else torch.empty(-(-rows.total // group), dtype=torch.float64)
+    sums = None if loss is None else torch.empty(-(-rows.number // group), dtype=torch.float64)
     label_at, values_at, upstream_at, sums_at, loss_at = _addresses(
         (rows.label, values, upstream, sums, loss)
     )
-    parts = min(parts_for(rows.total * rows.classes, GRAIN), max(rows.total, 1))
+    parts = min(parts_for(rows.number * rows.classes, GRAIN), max(rows.number, 1))
     launch(
         parts, numbers.ctypes.data, _addresses(rows.at_class), steps.ctypes.data,
         _addresses(rows.of_row), label_at, values_at, _addresses(grads), upstream_at, sums_at,
-        loss_at, wrong.ctypes.data, scale, divisor, rows.total, rows.classes, group,
+        loss_at, wrong.ctypes.data, scale, divisor, rows.number, rows.classes, group,
     )  # fmt: skip
     if wrong[0]:
         torchs(options, tensors)

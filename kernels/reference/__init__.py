@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -35,9 +35,10 @@ def loss(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> torch.Te
     device = next(iter(given.values())).device
     warned = isinstance(record, Loss) and record.warning(options.reduction, *tensors)
     with torch.autocast(device.type, enabled=False), _silence() if warned else nullcontext():
-        # by the class: of the record itself a function would become a method
-        result = type(record).twin(**given, **asdict(record), reduction=options.reduction)
-    return cast(torch.Tensor, result)
+        result: torch.Tensor = record.__class__.twin(
+            **given, **asdict(record), reduction=options.reduction
+        )
+    return result
 
 
 @contextmanager

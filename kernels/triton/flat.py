@@ -135,6 +135,7 @@ def _run(
     ready: bool = False,
 ) -> None:
     record: Any = options.record
+    operation: Any = type(record)
     compute = compute_dtype(operands)
     first = next(t for t in operands if t is not None)
     launch(
@@ -144,7 +145,7 @@ def _run(
         None if divisor is None else number(divisor, compute), place.places, place.second,
         place.inner, FIXED=tuple(step[2] == 0 for step in place.steps), FLAT=place.flat,
         COMPUTE=TYPES[compute], READY=ready, WIDE=place.places + BLOCK >= 2**31, BLOCK=BLOCK,
-        FORMULA=formula_of(record.__class__, "value_and_slopes"), **constants_of(record),
+        FORMULA=formula_of(operation, "value_and_slopes"), **constants_of(record),
     )  # fmt: skip
 
 

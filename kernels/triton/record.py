@@ -29,7 +29,7 @@ def _compiled(function: Any) -> Any:
     function.__globals__.setdefault("tl", tl)  # the interpreter looks for it there
     for annotation in function.__annotations__.values():
         # Triton looks them up, and takes no names but those of its own module.
-        names = re.findall(r"[^\W\d]\w*", annotation)
+        names = re.findall(r"[^\W\d]\w*", str(annotation))
         function.__globals__.update(dict.fromkeys(names, tl.constexpr))
     return device_function(function)
 
@@ -44,9 +44,9 @@ def _maker(operation: Any) -> Any:
 
     A type can't be a compile-time argument, but may be among the globals of a function that is.
     """
-    kind: Any = namedtuple
-    fields = kind(operation.__name__, (*operation.numbers, *operation.flags))
-    return _compiled(FunctionType(_make.__code__, {"FIELDS": fields, "tl": tl}, "make"))
+    names = (*operation.numbers, *operation.flags)
+    fields: Any = namedtuple("Record", names)  # type: ignore[misc]
+    return _compiled(FunctionType(_make.__code__, {"FIELDS": fields, "tl": tl}, "_make"))
 
 
 def constants_of(record: Any) -> dict[str, Any]:
@@ -55,8 +55,9 @@ def constants_of(record: Any) -> dict[str, Any]:
     That belongs among the arguments of a call: an assignment would make numbers of flags. Triton
     knows a function by its source alone, hence the names.
     """
-    names = (*record.numbers, *record.flags)
-    return {"MAKE": _maker(record.__class__), "NAMES": names, "FLAGS": record.settings}
+    operation: Any = type(record)
+    names = (*operation.numbers, *operation.flags)
+    return {"MAKE": _maker(operation), "NAMES": names, "FLAGS": record.settings}
 
 
 def record_numbers(record: Operation, compute: torch.dtype) -> tuple[float | int, ...]:

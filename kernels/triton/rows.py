@@ -32,10 +32,11 @@ from .compiler import TYPES, as_number, device_function, kernel, launch, number,
 from .record import constants_of, formula_of, record_numbers
 from .vector_math import quotient
 
-# Numbers of a column that a program has at a time, or bytes of a row that is longer but whole. A
-# thread has 64 bytes of each column, so 256 threads at most, with all the registers they can have.
-TILE, WHOLE_BYTES = 2048, 1 << 14
-THREADS, BYTES = 128, 64
+# Numbers of a column that a program has at a time: of short rows together, of a row that is longer
+# than so many bytes. A thread has 32 bytes of each column at a time; with more, there are GPUs
+# whose registers don't suffice.
+TILE, LONG_TILE, WHOLE_BYTES = 1024, 2048, 1 << 14
+THREADS, BYTES = 128, 32
 
 Tensors = tuple[torch.Tensor | None, ...]
 
@@ -59,10 +60,10 @@ class Tiling(NamedTuple):
 def tiling(rows: Rows) -> Tiling:
     size, columns = rows.compute.itemsize, power_of_2(rows.classes)
     whole = columns * size <= WHOLE_BYTES
-    columns = columns if whole else TILE
+    columns = columns if whole else LONG_TILE
     together = max(1, TILE // columns)
     threads = max(THREADS, together * columns * size // BYTES)
-    return Tiling(together, columns, whole, threads, -(-rows.total // together))
+    return Tiling(together, columns, whole, threads, -(-rows.number // together))
 
 
 @device_function
@@ -73,12 +74,14 @@ def numbers_at(
     numbers = ()
     for k in tl.static_range(len(at_class)):
         if at_class[k] is None:
-            numbers = numbers + (1.0,)
+            numbers = numbers + (1.0,)  # type: ignore[assignment]
         elif k < COLUMNS:
             place = at_class[k] + (row * steps[k] + c)
-            numbers = numbers + (tl.load(place, mask=mask, other=0.0).to(COMPUTE),)
+            found = tl.load(place, mask=mask, other=0.0).to(COMPUTE)
+            numbers = numbers + (found,)  # type: ignore[assignment]
         else:
-            numbers = numbers + (tl.load(at_class[k] + c, mask=within, other=0.0).to(COMPUTE),)
+            found = tl.load(at_class[k] + c, mask=within, other=0.0).to(COMPUTE)
+            numbers = numbers + (found,)  # type: ignore[assignment]
     return numbers
 
 
@@ -96,7 +99,8 @@ def add_up(sums, h, numbers, of_row, label, c, mask, FOLD: tl.constexpr):
     found = FOLD(h, *(numbers + of_row + is_label(label, c)))
     added = ()
     for k in tl.static_range(len(sums)):
-        added = added + (sums[k] + tl.where(mask, found[k], 0.0),)
+        total = sums[k] + tl.where(mask, found[k], 0.0)
+        added = added + (total,)  # type: ignore[assignment]
     return added
 
 
@@ -145,7 +149,8 @@ def row_tiles(
     label = None
     if labels is None:
         for k in tl.static_range(len(by_row)):
-            of_row = of_row + (tl.load(by_row[k] + row, mask=there, other=0.0).to(COMPUTE),)
+            found = tl.load(by_row[k] + row, mask=there, other=0.0).to(COMPUTE)
+            of_row = of_row + (found,)  # type: ignore[assignment]
     else:
         label = tl.load(labels + row, mask=there, other=0)
         valid = (label >= 0) & (label < classes)
@@ -214,20 +219,21 @@ def _run(
         RuntimeError: in the interpreter, torch's of a label out of bounds.
     """
     record: Any = options.record
+    operation: Any = type(record)
     first = next(t for t in rows.at_class if t is not None)
-    if rows.label is not None and rows.label.is_cpu and rows.total:
+    if rows.label is not None and rows.label.is_cpu and rows.number:
         if rows.label.min() < 0 or rows.label.max() >= rows.classes:
             torchs(options, tensors)
     cut = tiling(rows)
-    wide = (rows.total + cut.rows) * max(rows.classes, *rows.steps) + cut.columns >= 2**31
+    wide = (rows.number + cut.rows) * max(rows.classes, *rows.steps) + cut.columns >= 2**31
     launch(
         row_tiles, (cut.programs,), first.device, cut.threads, rows.at_class, rows.steps,
         rows.of_row, rows.label, record_numbers(record, rows.compute), values,
         grads[: len(record.columns)], upstream, grad_output, partials,
-        None if divisor is None else number(divisor, rows.compute), rows.total, rows.classes,
+        None if divisor is None else number(divisor, rows.compute), rows.number, rows.classes,
         SUMS=record.sums, OPERANDS=len(record.columns), COMPUTE=TYPES[rows.compute], READY=ready,
         WIDE=wide, WHOLE=cut.whole, ROWS=cut.rows, COLUMNS=cut.columns,
-        **{name.upper(): formula_of(record.__class__, name) for name in record.formulas},
+        **{name.upper(): formula_of(operation, name) for name in record.formulas},
         **constants_of(record),
     )  # fmt: skip
 
