@@ -169,7 +169,8 @@ def names() -> dict[str, Any]:
     """What examples take as given."""
     model = torch.nn.Linear(4, 4)
     x, y, signs = torch.randn(6, 4), torch.rand(6, 4), torch.randint(2, (6, 4)) * 2 - 1
-    better, worse, distances = torch.rand(3, 6, 4).requires_grad_().unbind()
+    better, worse, distances, p, n = torch.rand(5, 6, 4).requires_grad_().unbind()
+    log_p = torch.log_softmax(torch.randn(6, 4).requires_grad_(), -1)
     return {
         "fastopt": fastopt,
         "torch": torch,
@@ -179,28 +180,46 @@ def names() -> dict[str, Any]:
         "x": x,
         "y": y,
         "signs": signs,
-        "similar": signs,
+        "similar": signs[:, 0],
         "better": better,
         "worse": worse,
-        "distances": distances,
+        "distances": distances[:, 0],
         "boxes": x,
         "mean": better,
         "variance": worse + 0.1,
         "counts": torch.randint(5, (6, 4)).float(),
-        "log_p": torch.log_softmax(x, -1),
-        "q": torch.softmax(y, -1),
+        "log_p": log_p,
+        "q": log_p.detach().exp(),
         "input": x,
         "target": y,
         "images": x,
+        "tags": y.round(),
+        "a": better,
+        "p": p,
+        "n": n,
+        "scores": x[:1],
+        "classes": torch.tensor([[3, 0, -1, 1]]).expand(6, 4),
+        "sound": torch.randn(9, 2, 4),
+        "text": torch.randint(1, 4, (2, 3)),
+        "steps": torch.full((2,), 9),
+        "letters": torch.full((2,), 3),
+        "hidden": torch.randn(6, 256, requires_grad=True),
+        "head": torch.nn.Linear(256, 500),
+        "words": torch.randint(50_000, (6,)),
         "labels": torch.randint(4, (6,)),
         "tokens": torch.randn(2, 3, 4),
         "next_tokens": torch.randint(4, (2, 3)),
     }
 
 
+@pytest.mark.filterwarnings("ignore:`NLLLoss2d` has been deprecated:FutureWarning")
 @pytest.mark.parametrize("name", documented())
 def test_example_in_a_docstring_runs(name: str) -> None:
     namespace = names()
+    if "linear_cross_entropy" in name or "LinearCrossEntropy" in name:  # tokens to predict
+        namespace["tokens"] = torch.randint(500, (6,))
+    if "CTC" in name:  # of time steps
+        namespace["log_p"] = torch.randn(9, 2, 4).log_softmax(-1).requires_grad_()
     for example in doctest.DocTestParser().get_examples(documented()[name].__doc__):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             exec(example.source, namespace)

@@ -135,6 +135,32 @@ def test_samples_are_such_that_a_kernel_serves_them(name: str, dtype: torch.dtyp
         assert max(sizes) == 1 << 10
 
 
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss:UserWarning")
+@EACH
+def test_second_derivatives_by_torchs_function(name: str) -> None:
+    """Where torch has to follow a backward pass, the record gives it torch's function to call."""
+    if issubclass(OPERATIONS[name], TorchOnly):
+        return
+    operands = next(iter(usual(OPERATIONS[name], 1 << 10, torch.float64)))
+    wanted = [t for t in operands.values() if t.requires_grad]
+
+    def second(function: Any) -> tuple[torch.Tensor, ...]:
+        first = torch.autograd.grad(function(**operands), wanted, create_graph=True)
+        followed = sum((g * g).sum() for g in first if g.requires_grad) + 0 * wanted[0].sum()
+        return torch.autograd.grad(followed, wanted, allow_unused=True, materialize_grads=True)
+
+    theirs = getattr(torch.nn.functional, name)
+    try:
+        expected = second(theirs)
+    except RuntimeError as error:  # torch has none for this one
+        with fastopt.use_backend("numba"), pytest.raises(RuntimeError, match=re.escape(str(error))):
+            second(FUNCTIONS[name])
+        return
+    with fastopt.use_backend("numba"):
+        found = second(FUNCTIONS[name])
+    torch.testing.assert_close(found, expected)
+
+
 def test_warmup_knows_every_operation() -> None:
     compiled = {name for name in FUNCTIONS if not issubclass(OPERATIONS[name], TorchOnly)}
     assert len(compiled) >= 18
