@@ -21,7 +21,7 @@ from torch.nn import Parameter
 import fastopt
 import fastopt.nn.functional as ours
 from fastopt.dispatch import BACKENDS, Decision
-from fastopt.nn import _fused
+from fastopt.front import autograd
 
 # Sizes and strides of an example say nothing of the reader's call.
 EXAMPLES = (
@@ -286,7 +286,7 @@ def how(derivative: Derivative, operation: str) -> str:
     x = torch.randn(4, 6, requires_grad=True)
     with fastopt.use_backend("numba"):
         loss = getattr(ours, operation)(x, target_of(operation, x))
-    with mock.patch.object(_fused, "_torch_grads", wraps=_fused._torch_grads) as seen:
+    with mock.patch.object(autograd, "_torch_grads", wraps=autograd._torch_grads) as seen:
         derivative.run(loss, x)
     return "torch's derivative of the same function" if seen.called else "kernel"
 

@@ -169,7 +169,9 @@ def _run(
     steps = np.array([step[:2] for step in place.steps], np.int64)
     chunks = place.first * place.second * -(-place.inner // CHUNK)
     group = max(1, CHUNK // max(place.inner, 1))
-    sums = None if loss is None else torch.empty(-(-chunks // group), dtype=torch.float64)
+    sums = None
+    if loss is not None:  # whatever the default device is
+        sums = torch.empty(-(-chunks // group), dtype=torch.float64, device="cpu")
     values_at, upstream_at, sums_at, loss_at = map(_address, (values, upstream, sums, loss))
     launch(
         parts_for(place.places, GRAIN), numbers.ctypes.data, tuple(map(_address, operands)),

@@ -185,7 +185,9 @@ def _run(
     steps = np.array([(step, 0) for step in rows.steps], np.int64)
     wrong = np.zeros(1, np.int64)
     group = max(1, CHUNK // rows.classes)
-    sums = None if loss is None else torch.empty(-(-rows.number // group), dtype=torch.float64)
+    sums = None
+    if loss is not None:  # whatever the default device is
+        sums = torch.empty(-(-rows.number // group), dtype=torch.float64, device="cpu")
     label_at, values_at, upstream_at, sums_at, loss_at = _addresses(
         (rows.label, values, upstream, sums, loss)
     )
