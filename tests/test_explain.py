@@ -82,8 +82,8 @@ def test_insisting() -> None:
         (decision,) = explanation = fastopt.explain(ours.mse_loss, x, x)
         assert decision.backend == decision.insisted == "numba"
         assert "(insisted on with use_backend)" in str(explanation)
-        with pytest.raises(BackendUnavailable, match="an elementwise weight"):
-            fastopt.explain(ours.mse_loss, x, x, weight=x)
+        with pytest.raises(BackendUnavailable, match="a gradient to the weight"):
+            fastopt.explain(ours.mse_loss, x, x, weight=torch.randn(5, requires_grad=True))
     with fastopt.use_backend("triton"), pytest.raises(BackendUnavailable, match="device=cpu"):
         fastopt.explain(fastopt.optim.SGD([x]))
 

@@ -89,8 +89,9 @@ def analyse(operation: type[Any], function: str, arguments: dict[str, Any]) -> C
     if not all(name in given for name in operation.required):
         return None
     if issubclass(operation, Elementwise):
+        sizes = [t.shape for t in given.values()]  # which lazy parameters have not
         try:
-            shape = torch.broadcast_shapes(*[t.shape for t in given.values()])  # type: ignore[no-untyped-call]
+            shape = torch.broadcast_shapes(*sizes)  # type: ignore[no-untyped-call]
         except RuntimeError:
             return None
         special += _size_specials(operation, operands, shape)

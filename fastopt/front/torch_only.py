@@ -25,6 +25,7 @@ class TorchOnly(Operation):
     """
 
     _abstract = True
+    crossover = 0
     reason: ClassVar[str]
 
 
