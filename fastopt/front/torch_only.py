@@ -83,7 +83,8 @@ class TorchOnlyModule(LossModule):
 
     def __prepare_scriptable__(self) -> Any:
         """For torch.jit.script: torch's own module."""
-        if not type(self).forward.__module__.startswith("fastopt.nn."):
+        kind: Any = type(self)
+        if not kind.forward.__module__.startswith("fastopt.nn."):
             return self  # a subclass with a forward of its own
         module = self._torchs.__new__(self._torchs)
         module.__dict__.update(self.__dict__)
