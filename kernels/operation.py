@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, dataclass_transform
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from typing_extensions import dataclass_transform  # of typing from Python 3.11 on
 
 __all__ = ["Elementwise", "Gather", "Loss", "Operation", "Options", "Rowwise", "Softmax"]
 

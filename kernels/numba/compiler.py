@@ -88,8 +88,8 @@ def formula_of(
 ) -> Callable[[type], Callable[..., Any]]:
     """Make `stub` a function whose body is chosen by the record type of its first argument.
 
-    Returns a decorator factory: ``@register(hyper.MSE)`` above a plain Python function
-    makes it the body for MSE records. `default` serves the records without a body.
+    Returns a decorator factory: ``@register(hyper.SGD)`` above a plain Python function
+    makes it the body for SGD records. `default` serves the records without a body.
     """
     bodies: dict[type, Callable[..., Any]] = {}
     body_of[stub] = lambda record: bodies.get(record, default)
@@ -147,11 +147,6 @@ def _quiet() -> Iterator[None]:
 
 
 _QUIET = logging.WARNING + 1  # a number by which it is known again
-
-
-def record_type(record: Any, compute: types.Type) -> types.Type:
-    """The numba type of a hyperparameter record held in `compute` numbers."""
-    return types.NamedUniTuple(compute, len(record._fields), record)
 
 
 def optional_pointer(dtype: torch.dtype | None, slot: int, compute: str) -> types.Type:
