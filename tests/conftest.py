@@ -24,6 +24,14 @@ if INTERPRETED:  # not only for who insists on it
     on_cpu = dispatch.BACKENDS["numba"].rules[0]
     dispatch.BACKENDS["triton"] = triton._replace(rules=(on_cpu, *triton.rules[1:]))
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What Triton has compiled names the files it was compiled from: ahead.py reads them. So this
+    folder has a store of its own; in one that is shared, the files may be another folder's."""
+    store = config.rootpath / ".pytest_cache" / "triton"
+    os.environ.setdefault("TRITON_CACHE_DIR", str(store))
+
+
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True, derandomize=True)
 hypothesis.settings.register_profile("fuzz", deadline=None, print_blob=True, max_examples=5000)
 hypothesis.settings.register_profile(
