@@ -73,7 +73,7 @@ def one_block(
     for k in tl.static_range(len(grads)):
         if grads[k] is not None:
             tl.store(grads[k] + place, scale * found[k + 1], mask=mask)
-    return found[0]
+    return tl.broadcast_to(found[0], place.shape)  # one number, where each operand is one
 
 
 @kernel
