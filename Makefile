@@ -19,7 +19,7 @@ DEV := $(VENV)/.dev
 # threads that wait leave the cores to the others. Not `python -m`, which would put this folder
 # where others look for the package `kernels` (transformers does).
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses auto --dist loadfile
-KERNEL_TESTS := $(addprefix tests/test_,losses.py loss_contract.py loss_properties.py \
+KERNEL_TESTS := $(addprefix tests/test_,losses.py extremes.py loss_contract.py loss_properties.py \
 	opinfo.py moduleinfo.py sizes.py fuzz.py fuzz_optimizers.py optimizers.py optimizer_contract.py \
 	optim_db.py optim_gradients.py traps.py triton.py rows.py nll.py)
 

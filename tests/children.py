@@ -21,6 +21,9 @@ HANG = 240  # seconds; turns a deadlock into a failure, and measures nothing
 
 # A vector longer than three grains of every loop, so that three threads or more take part.
 LENGTH = 210_003
+# Of parameters: three grains of an optimizer together; a larger one's states torch would fill on
+# threads of its own.
+LENGTHS = (30_000, 30_001, 7, *[32_000] * 5)
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"momentum": 0.9, "nesterov": True},
     "Adam": {"amsgrad": True},
@@ -107,7 +110,7 @@ def results(
             loss.backward()
             found += [loss, input.grad]
         for name, options in OPTIMIZERS.items():
-            params = [tensor(length).requires_grad_() for length in (60_000, 60_001, 7, 90_000)]
+            params = [tensor(length).requires_grad_() for length in LENGTHS]
             optimizer = getattr(optim, name)(params, lr=0.01, **options)
             for _ in range(2):
                 for param in params:

@@ -19,6 +19,7 @@ from fastopt import BackendUnavailable, dispatch
 from fastopt.dispatch import BACKENDS, Decision, Request
 from fastopt.front.call import FUNCTIONS
 from fastopt.front.crossover import crossover, quick_test, usual_crossover
+from fastopt.front.torch_only import TorchOnly
 
 SINGLE = (torch.float32, torch.float32)
 LARGE = 1 << 20
@@ -117,7 +118,11 @@ def test_old_gpu_without_triton() -> None:
     assert "tracing (supported: none of these)" in reasons
 
 
-@pytest.mark.parametrize("operation", FUNCTIONS)
+#: The losses that there are kernels of.
+COMPILED = [name for name, kind in FUNCTIONS.items() if not issubclass(kind, TorchOnly)]
+
+
+@pytest.mark.parametrize("operation", COMPILED)
 def test_crossover(operation: str) -> None:
     limit = crossover(FUNCTIONS[operation], 4, 0)
     assert limit == FUNCTIONS[operation].crossover > 0
@@ -171,7 +176,7 @@ def row_limits(operation: str) -> list[tuple[torch.dtype, int, int]]:
     return found
 
 
-@pytest.mark.parametrize("operation", FUNCTIONS)
+@pytest.mark.parametrize("operation", COMPILED)
 def test_crossover_of_rows(operation: str) -> None:
     assert row_limits(operation) or operation != "cross_entropy"
     for dtype, row, limit in row_limits(operation):
@@ -182,7 +187,7 @@ def test_crossover_of_rows(operation: str) -> None:
         assert choose(numel=limit - 1, **call).backend == "reference"
 
 
-@pytest.mark.parametrize("operation", FUNCTIONS)
+@pytest.mark.parametrize("operation", COMPILED)
 def test_quick_test_of_size(operation: str) -> None:
     """It must never send to torch what pays off, whatever the layout."""
     kind = FUNCTIONS[operation]

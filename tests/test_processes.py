@@ -82,11 +82,11 @@ def fork_after_use() -> None:
     expected = results(0)
 
     def check() -> None:
-        from fastopt.kernels.numba import cross_entropy, multi_tensor, pointwise, threads
+        from fastopt.kernels.numba import cross_entropy, flat, multi_tensor, threads
 
         assert_same(results(0), expected)
         assert threads.parts_for(1 << 30, 1) == 1, "a forked child runs serially"
-        for loop in (cross_entropy, multi_tensor, pointwise):  # and whatever has been decided
+        for loop in (cross_entropy, flat, multi_tensor):  # and whatever has been decided
             loop.parts_for = lambda work, grain: 2
         assert_same(results(0), expected)
 

@@ -197,7 +197,9 @@ class LossModule:
             return
         known = inspect.signature(function).parameters
         options = [
-            name for name in inspect.signature(cls.__bases__[-1]).parameters if name in known
+            name
+            for name in inspect.signature(cls.__bases__[-1].__init__).parameters
+            if name in known
         ]
         cls._function = staticmethod(function)
         cls._named = tuple(name for name in options if name not in ("size_average", "reduce"))

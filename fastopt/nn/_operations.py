@@ -13,7 +13,7 @@ __all__ = ["FUNCTIONS", "MODULES"]
 FUNCTIONS: dict[str, Any] = {}
 MODULES: dict[str, type] = {}
 
-_files = [file.name for file in pkgutil.iter_modules([str(Path(__file__).parent)])]
+_files = [f.name for f in pkgutil.iter_modules([str(Path(__file__).parent)]) if not f.ispkg]
 for _file in sorted(_files):
     if _file != "functional" and not _file.startswith("_"):
         _module = importlib.import_module(f".{_file}", __package__)

@@ -23,10 +23,11 @@ class BCE(Elementwise):
 
     def value_and_slopes(h, input: Any, target: Any, weight: Any) -> Any:
         rest = 1.0 - input
-        a = m.maximum(m.log(input), -100.0)
-        b = m.maximum(m.log1p(-input), -100.0)
-        slope = weight * (input - target) / m.maximum(rest * input, 1e-12)
-        return weight * ((target - 1.0) * b - target * a), slope, weight * (b - a)
+        a, b = m.log(input), m.log1p(-input)
+        value = (target - 1.0) * m.maximum(b, -100.0) - target * m.maximum(a, -100.0)
+        tiny = 9.999999960041972e-13  # 1e-12 in float32, as in torch
+        slope = (input - target) / m.maximum(rest * input, tiny)
+        return weight * value, weight * slope, weight * (b - a)
 
 
 @loss(BCE)

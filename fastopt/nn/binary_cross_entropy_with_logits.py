@@ -24,7 +24,9 @@ class BCEWithLogits(Elementwise):
         soft = m.softplus(-input)
         value = (1.0 - target) * input + share * soft
         slope = (1.0 - target) - share * m.sigmoid(-input)
-        return weight * value, weight * slope, weight * ((pos_weight - 1.0) * soft - input)
+        other = m.where(input < -700.0, 0.0, soft + input)  # the soft one of +input
+        by_target = m.where(pos_weight == 1.0, -input, pos_weight * soft - other)
+        return weight * value, weight * slope, weight * by_target
 
 
 @loss(BCEWithLogits)

@@ -35,8 +35,9 @@ class PoissonNLL(Elementwise):
             stirling = (
                 target * log_target - target + 0.5 * (log_target + 1.8378770664093453)
             )  # log 2 pi
-            value = value + m.where(target > 1.0, stirling, 0.0)
-            by_target = by_target + m.where(target > 1.0, log_target + 0.5 / target, 0.0)
+            value = value + m.where(target <= 1.0, 0.0, stirling)
+            slope_of_it = log_target + 0.5 / target + 0.0 * target  # NaN of infinity, as torch's
+            by_target = by_target + m.where(target <= 1.0, 0.0, slope_of_it)
         return value, slope, by_target
 
 

@@ -27,7 +27,9 @@ class SmoothL1(Elementwise):
         size = m.absolute(d)
         near = size < h.beta
         value = m.where(near, 0.5 * d * d / h.beta, size - 0.5 * h.beta)
-        slope = m.where(near, d / h.beta, m.sign(d))
+        # Of NaN it is NaN, but for a beta of 0, of which torch makes L1.
+        curved = m.where(size >= h.beta, m.sign(d), d / h.beta)
+        slope = m.where(h.beta > 0.0, curved, m.sign(d))
         return value, slope, -slope
 
 

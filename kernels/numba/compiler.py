@@ -8,7 +8,9 @@ Options and their reasons:
                     a rounding. Nothing that assumes NaN or inf away. Loops that add up
                     use REASSOCIATE as well: a float sum vectorises only if its order may
                     change. It is a per-function flag, kept away from functions like `exp`
-                    whose correction terms it would cancel.
+                    whose correction terms it would cancel. Formulas of losses have none: which
+                    product and sum become one depends on what else a loop computes, and a gradient
+                    has to be the same bits from the forward pass and from another backward one.
     boundscheck     off whatever NUMBA_BOUNDSCHECK says: there are no arrays to check.
 """
 
@@ -34,12 +36,19 @@ from .reach import body_of
 CONTRACT = frozenset({"contract"})
 REASSOCIATE = frozenset({"contract", "reassoc", "nsz"})
 _OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False}
-FUNCTION_OPTIONS = {**_OPTIONS, "fastmath": set(CONTRACT)}  # for functions made by overload
+# For functions made by overload. Who says nothing of fastmath inherits it from the first caller.
+FUNCTION_OPTIONS = {**_OPTIONS, "fastmath": set(CONTRACT)}
+EXACT_OPTIONS = {**_OPTIONS, "fastmath": False}
 
 
 def inlined(function: Callable[..., Any]) -> Any:
     """Decorator: a small function that only kernels call, and whose code goes into theirs."""
     return numba.njit(**FUNCTION_OPTIONS)(function)
+
+
+def exact(function: Callable[..., Any]) -> Any:
+    """Decorator: such a function, whose every operation is rounded by itself."""
+    return numba.njit(**EXACT_OPTIONS)(function)
 
 
 def kernel(function: Callable[..., Any]) -> Any:

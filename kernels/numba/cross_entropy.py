@@ -17,6 +17,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from numba.core import types
 
@@ -75,10 +76,12 @@ def _prepare(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> _Cal
     if weight is not None:
         weight = weight.contiguous()
     if smoothing:
-        compute = torch.float64 if input.dtype == torch.float64 else torch.float32
-        smooth = input.new_full((axis.classes,), smoothing / axis.classes, dtype=compute)
-        if weight is not None:
-            smooth *= weight
+        double, share = input.dtype == torch.float64, smoothing / axis.classes
+        if weight is None:  # by NumPy, since torch's threads hang in a forked child
+            number = np.float64 if double else np.float32
+            smooth = torch.from_numpy(np.full(axis.classes, share, number))
+        else:
+            smooth = weight.to(torch.float64 if double else torch.float32) * share
     denominator = 1.0
     if target.is_floating_point():
         if smooth is not None:

@@ -25,7 +25,7 @@ from numba.extending import (
 from ..formula import translate
 from ..operation import Operation
 from . import vocabulary
-from .compiler import FUNCTION_OPTIONS, inlined
+from .compiler import EXACT_OPTIONS, exact
 from .pointer import AddressModel, unbox_address
 from .reach import body_of
 
@@ -121,12 +121,12 @@ def _formula(name: str) -> Any:
     def formula(record: Any, *numbers: Any) -> Any:
         raise NotImplementedError
 
-    @overload(formula, strict=False, jit_options=FUNCTION_OPTIONS)
+    @overload(formula, strict=False, jit_options=EXACT_OPTIONS)
     def body(record: Any, *numbers: Any) -> Any:
         if not isinstance(record, RecordType):
             return None
         number: Any = np.float64 if record.compute == types.float64 else np.float32
-        return translate(getattr(record.record, name), vocabulary, inlined, number)
+        return translate(getattr(record.record, name), vocabulary, exact, number)
 
     body_of[formula] = lambda record: getattr(record, name, None)
     return formula

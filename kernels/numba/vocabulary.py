@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from .compiler import inlined
+from .compiler import exact, inlined
 from .vector_math import cast
 
 
@@ -161,6 +161,11 @@ def _exp(x: Any) -> Any:
     return ((lower * r + 1.0) * r + 1.0) * first * second
 
 
+@exact
+def _difference(a: Any, b: Any) -> Any:
+    return a - b  # of two products, either of which might become one with the difference
+
+
 @inlined
 def _log_of_sum(f: Any) -> Any:
     """log(1 + f) for f between sqrt(1/2) - 1 and sqrt(2) - 1."""
@@ -169,7 +174,7 @@ def _log_of_sum(f: Any) -> Any:
     upper = (((_ATANH[9] * q + _ATANH[8]) * q + _ATANH[7]) * q + _ATANH[6]) * q + _ATANH[5]
     lower = (((upper * q + _ATANH[4]) * q + _ATANH[3]) * q + _ATANH[2]) * q + _ATANH[1]
     tail = 2.0 * s * (q * (lower * q + _ATANH[0]))
-    return f - (s * f - tail)  # 2 s is f but for s f, and f is exact
+    return f - _difference(s * f, tail)  # 2 s is f but for s f, and f is exact
 
 
 @inlined
