@@ -196,11 +196,10 @@ class LossModule:
         if function is None:  # a user's subclass of ours
             return
         known = inspect.signature(function).parameters
-        options = [
-            name
-            for name in inspect.signature(cls.__bases__[-1].__init__).parameters
-            if name in known
-        ]
+        torchs: Any = cls.__bases__[-1]
+        # Not of the class: a deprecated one has a __new__ that takes anything.
+        given = inspect.signature(torchs.__init__).parameters
+        options = [name for name in given if name in known]
         cls._function = staticmethod(function)
         cls._named = tuple(name for name in options if name not in ("size_average", "reduce"))
 
