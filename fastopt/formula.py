@@ -6,6 +6,7 @@ functions of numbers, which mean the same, also at NaN and infinities.
 
 from .kernels.reference.vocabulary import (
     absolute,
+    divide,
     exp,
     isnan,
     log,
@@ -13,6 +14,7 @@ from .kernels.reference.vocabulary import (
     log_sigmoid,
     maximum,
     minimum,
+    power,
     sigmoid,
     sign,
     softplus,
@@ -22,6 +24,7 @@ from .kernels.reference.vocabulary import (
 
 __all__ = [
     "absolute",
+    "divide",
     "exp",
     "isnan",
     "log",
@@ -29,6 +32,7 @@ __all__ = [
     "log_sigmoid",
     "maximum",
     "minimum",
+    "power",
     "sigmoid",
     "sign",
     "softplus",

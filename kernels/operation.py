@@ -14,7 +14,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from typing_extensions import dataclass_transform  # of typing from Python 3.11 on
 
-__all__ = ["Elementwise", "Gather", "Loss", "Operation", "Options", "Rowwise", "Softmax"]
+__all__ = [
+    "Elementwise", "Gather", "Loss", "Operation", "Options", "Rowwise", "Softmax", "Update",
+]  # fmt: skip
 
 
 @dataclass_transform(frozen_default=True)
@@ -221,6 +223,46 @@ class Gather(Operation):
 
     _abstract = True
     operands = ("input", "target", "weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class Update(Operation):
+    """What an optimizer does to each element of a parameter, in a step.
+
+    Its fields are hyperparameters, all of them numbers: a step has a table of them, with a row for
+    each group of parameters. Its formulas:
+
+    - `update(h, param, grad, *states)`: the new parameter and states. A state that this optimizer
+      doesn't have with its options is None;
+    - `at_step(h, step)`: what depends on the step but not on the element, a tuple; once a tensor,
+      in float64.
+
+    Attributes:
+        slots: the names of the states.
+        derived: the names by which `update` finds in `h` what `at_step` gives.
+        grad_scale: multiplies each gradient first: -1 to maximise, 1/scale under a GradScaler.
+    """
+
+    _abstract = True
+    formulas = ("at_step", "update")
+    slots: ClassVar[tuple[str, ...]]
+    derived: ClassVar[tuple[str, ...]] = ()
+    grad_scale: float
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.slots = tuple(inspect.signature(cls.update).parameters)[3:]
+
+    @property
+    def row(self) -> tuple[Any, ...]:
+        """The hyperparameters as they were given, which may be tensors."""
+        return tuple([getattr(self, name) for name in self.numbers])
+
+    def at_step(self, step: Any) -> Any:
+        return ()
+
+    def update(self, param: Any, grad: Any, *states: Any) -> Any:
+        raise NotImplementedError
 
 
 class Options(NamedTuple):

@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from ahead import MACHINES, Code, compiling
 
-from fastopt.kernels import hyper
 from fastopt.kernels import triton as backend
 from fastopt.kernels.operation import Options
 from fastopt.kernels.tables import Tables
 from fastopt.nn.cross_entropy import CrossEntropy
 from fastopt.nn.l1 import L1
 from fastopt.nn.mse import MSE
+from fastopt.optim.adam import AdamUpdate
+from fastopt.optim.rmsprop import RMSpropUpdate
+from fastopt.optim.sgd import SGDUpdate
 
 FLOAT, BFLOAT, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float16, torch.float64
 META, CPU = torch.device("meta"), torch.device("cpu")
@@ -115,7 +117,7 @@ class Step(NamedTuple):
         """The tables of so many tensors, and the step that reads them."""
         tables = Tables(
             CPU,
-            np.ones((1, len(self.record._fields))),
+            np.ones((1, len(self.record.numbers))),
             [],
             np.zeros(tensors, np.int64),
             np.arange(tensors + 1) * 5000,
@@ -123,7 +125,7 @@ class Step(NamedTuple):
             self.counted,
         )
         tables.addresses[-1] = COUNTER.data_ptr()
-        step = None if self.record is hyper.SGD else torch.float32
+        step = None if self.record is SGDUpdate else torch.float32
         return tables, backend.step_launcher(self.record, self.slots(dtype), dtype, step)(tables)
 
     def run(self, dtype: torch.dtype) -> None:
@@ -163,10 +165,10 @@ PIXELS = Rows((4, 21, 256, 256))
 CHANNELS_LAST = Rows((4, 64, 96, 96), classes_last=True)
 SHORT = Rows((70_000, 10))
 
-SGD = (Step(hyper.SGD, (False,)), Step(hyper.SGD, (True,)))
-ADAM = (Step(hyper.Adam, (True, True, False)), Step(hyper.Adam, (True, True, True)))
+SGD = (Step(SGDUpdate, (False,)), Step(SGDUpdate, (True,)))
+ADAM = (Step(AdamUpdate, (True, True, False)), Step(AdamUpdate, (True, True, True)))
 RMSPROP = tuple(
-    Step(hyper.RMSprop, (True, *rest)) for rest in itertools.product((False, True), repeat=2)
+    Step(RMSpropUpdate, (True, *rest)) for rest in itertools.product((False, True), repeat=2)
 )
 STEPS = (*SGD, *ADAM, *RMSPROP)
 
@@ -193,7 +195,7 @@ VARIANTS: dict[torch.dtype, tuple[Pointwise | Rows | Step, ...]] = {
         *(rows._replace(training=False) for rows in (VOCABULARY, SPLIT)),
         *(rows._replace(reduction="none") for rows in (SPLIT, PIXELS)),
         *(rows._replace(reduction="sum") for rows in (THOUSAND, SPLIT)),
-        *(step._replace(scaled=True, counted=step.record is hyper.Adam) for step in STEPS),
+        *(step._replace(scaled=True, counted=step.record is AdamUpdate) for step in STEPS),
     ),
     BFLOAT: (
         VOCABULARY._replace(smoothing=0.1),

@@ -19,7 +19,6 @@ if BACKEND != "triton":
 
 import numpy as np
 
-from fastopt.kernels import hyper
 from fastopt.kernels.layout import ClassAxis
 from fastopt.kernels.operation import Options
 from fastopt.kernels.tables import Tables, Traced
@@ -28,6 +27,7 @@ from fastopt.kernels.triton.compiler import Hardware
 from fastopt.kernels.triton.cross_entropy import tiling
 from fastopt.kernels.triton.device_table import DeviceTable
 from fastopt.nn.cross_entropy import CrossEntropy
+from fastopt.optim.sgd import SGDUpdate
 
 H100 = Hardware(132, 32, 50 << 20)
 
@@ -141,20 +141,22 @@ def test_hyperparameters_on_the_device() -> None:
     param, grad = torch.randn(40), torch.randn(40)
     lr = torch.tensor([0.5])
     expected = param.clone()
-    hypers = np.zeros((2, len(hyper.SGD._fields)))
-    hypers[1] = hyper.SGD(grad_scale=1, lr=0, momentum=0, grad_share=1, weight_decay=0, nesterov=0)
+    hypers = np.zeros((2, len(SGDUpdate.numbers)))
+    hypers[1] = SGDUpdate(
+        grad_scale=1, lr=0, momentum=0, grad_share=1, weight_decay=0, nesterov=0
+    ).row
     tables = Tables(
         device=param.device,
         hypers=hypers,
-        traced=[Traced(1, hyper.SGD._fields.index("lr"), lr)],
+        traced=[Traced(1, SGDUpdate.numbers.index("lr"), lr)],
         row_of=np.array([1]),
         offsets=np.array([0, 40]),
         addresses=np.array([[param.data_ptr()], [0], [grad.data_ptr()], [0]]),
         counted_on_device=False,
     )
     slots = (torch.float32, None)
-    update = multi_tensor.launcher(hyper.SGD, slots, torch.float32, None)(tables)
-    place = (1, hyper.SGD._fields.index("lr"))
+    update = multi_tensor.launcher(SGDUpdate, slots, torch.float32, None)(tables)
+    place = (1, SGDUpdate.numbers.index("lr"))
     known = tables.traced.copy()
     for rate in (0.5, 0.25, None, 0.125, None):
         if rate is None:  # a number again, each time the same

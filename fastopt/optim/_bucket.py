@@ -81,7 +81,8 @@ class Bucket:
         self._rows = sorted(set(keys))
         # A step that a GradScaler skips must not count as a first one that has its own rule.
         self._begins_differently = any(
-            begin and optimizer._hyper(groups[g], True) != optimizer._hyper(groups[g], False)
+            begin
+            and optimizer._hyper(groups[g], True).row != optimizer._hyper(groups[g], False).row
             for g, begin, _ in self._rows
         )
         self._finders = list(map(itemgetter, self.names))
@@ -90,7 +91,7 @@ class Bucket:
         self._sizes = np.array(list(map(Tensor.numel, params)), np.int64)
         self._tables = Tables(
             device=self._kind.device,
-            hypers=np.zeros((len(self._rows), len(optimizer._record._fields))),
+            hypers=np.zeros((len(self._rows), len(optimizer._record.numbers))),
             traced=[],
             row_of=np.array([self._rows.index(key) for key in keys], np.int64),
             offsets=np.zeros(count + 1, np.int64),
@@ -152,11 +153,11 @@ class Bucket:
         for row, (place, begins, owner) in enumerate(self._rows):
             group = optimizer.param_groups[place]
             if owner < 0:
-                values = optimizer._hyper(group, begins)
+                record = optimizer._hyper(group, begins)
             else:
                 step = optimizer.state[param_at(optimizer, owner)]["step"].item() + 1
-                values = optimizer._rounded_hyper(group, step)
-            for field, value in enumerate(values):
+                record = optimizer._rounded_hyper(group, step)
+            for field, value in enumerate(record.row):
                 if isinstance(value, Tensor) and value.device == device != _CPU:
                     traced.append(Traced(row, field, value))  # to read it would make the host wait
                     value = float("nan")  # so that a number that comes later is one that's new

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .. import dispatch
 from ..dispatch import Decision
+from ..kernels.operation import Update
 from ._kinds import default_counter, fits_torchs_fused, group_specials
 from ._planner import Planner
 from ._seams import circumstances, torchs_parts
@@ -37,8 +38,8 @@ class PlannedStep(Optimizer):
     """
 
     _operation: ClassVar[str]
-    #: type of the hyperparameter record; its first field scales the gradient
-    _record: ClassVar[Any]
+    #: the hyperparameters and the formulas
+    _record: ClassVar[type[Update]]
     #: keys of all states that the update may use, in the formula's order
     _slots: ClassVar[tuple[str, ...]]
     _counts_steps: ClassVar[bool] = True
@@ -50,13 +51,14 @@ class PlannedStep(Optimizer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "_operation" in vars(cls):
+            cls._slots = cls._record.slots
             torchs_parts(cls._operation)  # now, before anyone can have replaced some
 
     def _active(self, group: Group) -> tuple[str, ...]:
         """The slots that this group's configuration uses."""
         raise NotImplementedError
 
-    def _hyper(self, group: Group, begins: bool) -> Any:
+    def _hyper(self, group: Group, begins: bool) -> Update:
         """A group's hyperparameters as a record; begins: at the first step of a state."""
         raise NotImplementedError
 
@@ -64,7 +66,7 @@ class PlannedStep(Optimizer):
         """Whether torch computes a step's numbers with NumPy's half precision."""
         return False
 
-    def _rounded_hyper(self, group: Group, step: float) -> Any:
+    def _rounded_hyper(self, group: Group, step: float) -> Update:
         """For such a group the record of one parameter, whose step it is."""
         raise NotImplementedError
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from ..kernels import hyper
 from ._planned import PlannedStep
-from .adam import Adam, adam_hyper, adam_rounds, rounded
+from .adam import Adam, AdamUpdate, adam_hyper, adam_rounds, rounded
 
 __all__ = ["AdamW"]
 
@@ -33,19 +32,18 @@ class AdamW(PlannedStep, torch.optim.AdamW):
     """
 
     _operation = "AdamW"
-    _record = hyper.Adam
-    _slots = Adam._slots
+    _record = AdamUpdate
     _rates = Adam._rates
     _foreach_takes_tensors = False
 
     def _active(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self._slots if group["amsgrad"] else self._slots[:2]
 
-    def _hyper(self, group: dict[str, Any], begins: bool) -> hyper.Adam:
+    def _hyper(self, group: dict[str, Any], begins: bool) -> AdamUpdate:
         return adam_hyper(group, decoupled=True)
 
     def _rounds(self, group: dict[str, Any]) -> bool:
         return adam_rounds(group)
 
-    def _rounded_hyper(self, group: dict[str, Any], step: float) -> hyper.Adam:
+    def _rounded_hyper(self, group: dict[str, Any], step: float) -> AdamUpdate:
         return rounded(self._hyper(group, False), group, step)

@@ -6,10 +6,39 @@ from typing import Any
 
 import torch
 
-from ..kernels import hyper
+from .. import formula as m
+from ..kernels.operation import Update
 from ._planned import PlannedStep
 
 __all__ = ["RMSprop"]
+
+
+class RMSpropUpdate(Update):
+    """alpha_rest is 1 - alpha."""
+
+    lr: float
+    alpha: float
+    alpha_rest: float
+    eps: float
+    weight_decay: float
+    momentum: float
+
+    def update(
+        h, param: Any, grad: Any, square_avg: Any, momentum_buffer: Any, grad_avg: Any
+    ) -> Any:
+        grad = grad * h.grad_scale
+        grad = m.where(h.weight_decay != 0.0, grad + h.weight_decay * param, grad)
+        square_avg = h.alpha * square_avg + h.alpha_rest * grad * grad
+        average = square_avg
+        if grad_avg is not None:
+            grad_avg = h.alpha * grad_avg + h.alpha_rest * grad
+            average = square_avg - grad_avg * grad_avg
+            average = m.where(average < 0.0, 0.0, average)  # a variance is not, but for rounding
+        change = m.divide(grad, m.sqrt(average) + h.eps)
+        if momentum_buffer is not None:
+            momentum_buffer = h.momentum * momentum_buffer + change
+            change = momentum_buffer
+        return param - h.lr * change, square_avg, momentum_buffer, grad_avg
 
 
 class RMSprop(PlannedStep, torch.optim.RMSprop):
@@ -53,16 +82,15 @@ class RMSprop(PlannedStep, torch.optim.RMSprop):
     """
 
     _operation = "RMSprop"
-    _record = hyper.RMSprop
-    _slots = ("square_avg", "momentum_buffer", "grad_avg")
+    _record = RMSpropUpdate
     _rates = ("alpha",)
 
     def _active(self, group: dict[str, Any]) -> tuple[str, ...]:
         momentum = ("momentum_buffer",) if group["momentum"] > 0 else ()
         return ("square_avg", *momentum, *(("grad_avg",) if group["centered"] else ()))
 
-    def _hyper(self, group: dict[str, Any], begins: bool) -> hyper.RMSprop:
-        return hyper.RMSprop(
+    def _hyper(self, group: dict[str, Any], begins: bool) -> RMSpropUpdate:
+        return RMSpropUpdate(
             grad_scale=-1.0 if group["maximize"] else 1.0,
             lr=group["lr"],
             alpha=group["alpha"],

@@ -6,10 +6,30 @@ from typing import Any
 
 import torch
 
-from ..kernels import hyper
+from .. import formula as m
+from ..kernels.operation import Update
 from ._planned import PlannedStep
 
 __all__ = ["SGD"]
+
+
+class SGDUpdate(Update):
+    """grad_share is 1 - dampening, or 1 at the first step of a momentum buffer."""
+
+    lr: float
+    momentum: float
+    grad_share: float
+    weight_decay: float
+    nesterov: float
+
+    def update(h, param: Any, grad: Any, momentum_buffer: Any) -> Any:
+        grad = grad * h.grad_scale
+        grad = m.where(h.weight_decay != 0.0, grad + h.weight_decay * param, grad)
+        if momentum_buffer is not None:
+            momentum_buffer = h.momentum * momentum_buffer + h.grad_share * grad
+            ahead = grad + h.momentum * momentum_buffer
+            grad = m.where(h.nesterov != 0.0, ahead, momentum_buffer)
+        return param - h.lr * grad, momentum_buffer
 
 
 class SGD(PlannedStep, torch.optim.SGD):
@@ -46,15 +66,14 @@ class SGD(PlannedStep, torch.optim.SGD):
     """
 
     _operation = "SGD"
-    _record = hyper.SGD
-    _slots = ("momentum_buffer",)
+    _record = SGDUpdate
     _counts_steps = False
 
     def _active(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self._slots if group["momentum"] != 0 else ()
 
-    def _hyper(self, group: dict[str, Any], begins: bool) -> hyper.SGD:
-        return hyper.SGD(
+    def _hyper(self, group: dict[str, Any], begins: bool) -> SGDUpdate:
+        return SGDUpdate(
             grad_scale=-1.0 if group["maximize"] else 1.0,
             lr=group["lr"],
             momentum=group["momentum"],

@@ -27,11 +27,9 @@ from typing import Any, NamedTuple
 import numba
 import torch
 from numba.core import types
-from numba.extending import overload
 
 from .disk_cache import Cache, _cache_directory
 from .pointer import Pointer
-from .reach import body_of
 
 CONTRACT = frozenset({"contract"})
 REASSOCIATE = frozenset({"contract", "reassoc", "nsz"})
@@ -90,31 +88,6 @@ def _compiled(function: Callable[..., Any], fastmath: frozenset[str], **options:
     if _cache_directory() is not None:
         dispatcher._cache = Cache(function)
     return dispatcher
-
-
-def formula_of(
-    stub: Callable[..., Any], default: Callable[..., Any] | None = None
-) -> Callable[[type], Callable[..., Any]]:
-    """Make `stub` a function whose body is chosen by the record type of its first argument.
-
-    Returns a decorator factory: ``@register(hyper.SGD)`` above a plain Python function
-    makes it the body for SGD records. `default` serves the records without a body.
-    """
-    bodies: dict[type, Callable[..., Any]] = {}
-    body_of[stub] = lambda record: bodies.get(record, default)
-
-    @overload(stub, strict=False, jit_options=FUNCTION_OPTIONS)
-    def choose(record: Any, *args: Any) -> Any:
-        return body_of[stub](record.instance_class)
-
-    def register(record: type) -> Callable[..., Any]:
-        def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
-            bodies[record] = body
-            return body
-
-        return decorate
-
-    return register
 
 
 @functools.cache

@@ -16,11 +16,12 @@ import torch
 from numba import prange
 from numba.core import types
 
+from ..operation import Update
 from ..tables import Launch, Tables
 from .compiler import dtype_name, kernel, pointer, region
-from .formulas import constants, update
-from .pointer import Rows, at, cast_record, load, read_row, store
+from .pointer import at, load, store
 from .pointers import at_each, load_each, store_each
+from .record import Values, at_step, completed, read_record, row_at, update
 from .threads import Launcher, parts_for
 from .vector_math import cast
 
@@ -40,6 +41,13 @@ def update_span(record: Any, slots: Any, grads: Any, begin: int, end: int) -> No
         values = load_each(slots, i)
         new = update(record, values[0], load(grads, i), *values[1:])
         store_each(slots, i, new)
+
+
+@kernel
+def record_at(rows: Any, row: int, count: float, like: Any) -> Any:
+    """What `update` needs of a row of hyperparameters in the step of that count."""
+    hyper = read_record(row_at(rows, row), 0.0)
+    return completed(hyper, at_step(hyper, count), like)
 
 
 @kernel
@@ -66,7 +74,7 @@ def update_part(
         else:
             high = middle
     row, count = -1, -1.0
-    record = cast_record(constants(read_row(rows, 0), 1.0), grads)
+    record = record_at(rows, 0, 1.0, grads)
     while begin < end:
         start = load(offsets, t)
         stop = min(load(offsets, t + 1), end)
@@ -75,7 +83,7 @@ def update_part(
             row_here = load(row_of, t)
             if row_here != row or count_here != count:  # a power costs as much as 100 elements
                 row, count = row_here, count_here
-                record = cast_record(constants(read_row(rows, row), count), grads)
+                record = record_at(rows, row, count, grads)
             here = at_each(slots, table, tensors, t)
             grads_here = at(grads, load(table, len(slots) * tensors + t))
             update_span(record, here, grads_here, begin - start, stop - start)
@@ -100,7 +108,7 @@ def update_all(
 
 @functools.cache
 def launcher(
-    record: type,
+    record: type[Update],
     slots: tuple[torch.dtype | None, ...],
     grad: torch.dtype,
     step: torch.dtype | None,
@@ -108,7 +116,7 @@ def launcher(
     """The compiled update for one kind of bucket, to be bound to a bucket's tables.
 
     Args:
-        record: type of the hyperparameter record.
+        record: the class of hyperparameters and formulas.
         slots: dtypes of the parameter and of each state, None for an unused state.
         grad: dtype of the gradients.
         step: dtype of the step counters, or None.
@@ -120,7 +128,7 @@ def launcher(
     index = pointer("int64", 7)
     compiled = Launcher(
         update_all,
-        Rows(record),
+        Values(record, ()),
         index,
         index,
         index,

@@ -52,28 +52,13 @@ class Pointer(types.Type):
         super().__init__(f"Pointer({words})")
 
 
-class Rows(types.Type):
-    """Address of a float64 table with one row per record of type `record`."""
-
-    def __init__(self, record: type) -> None:
-        self.record = record
-        super().__init__(f"Rows({record.__module__}.{record.__qualname__})")
-
-    @property
-    def key(self) -> Any:
-        """By the class itself, as a notebook may define another one of the same name."""
-        return self.record
-
-
 @register_model(Pointer)
-@register_model(Rows)
 class AddressModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: types.Type) -> None:
         super().__init__(dmm, fe_type, BYTE.as_pointer())
 
 
 @unbox(Pointer)
-@unbox(Rows)
 def unbox_address(typ: types.Type, obj: Any, c: Any) -> NativeValue:
     # long_as_voidptr raises OverflowError/TypeError by itself for anything but an address.
     return NativeValue(
@@ -286,40 +271,3 @@ def at(typingctx: Any, pointer: Any, address: Any) -> Any:
         return builder.inttoptr(args[1], BYTE.as_pointer())
 
     return pointer(pointer, types.intp), codegen
-
-
-@intrinsic
-def read_row(typingctx: Any, rows: Any, index: Any) -> Any:
-    """Row `index` of a table, as its record."""
-    size = len(rows.record._fields)
-    record = types.NamedUniTuple(types.float64, size, rows.record)
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        base = builder.bitcast(args[0], ir.DoubleType().as_pointer())
-        start = builder.mul(args[1], ir.Constant(args[1].type, size))
-        values = [
-            builder.load(builder.gep(base, [builder.add(start, ir.Constant(start.type, k))]))
-            for k in range(size)
-        ]
-        return context.make_tuple(builder, record, values)
-
-    return record(rows, types.intp), codegen
-
-
-@intrinsic
-def cast_record(typingctx: Any, record: Any, like: Any) -> Any:
-    """The record with every field in the compute dtype of the pointer `like`.
-
-    Numba computes float32 * float64 in float64, at half the vector width: constants
-    are brought to the elements' dtype once, before the loop.
-    """
-    result = types.NamedUniTuple(like.compute, len(record), record.instance_class)
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        values = [
-            context.cast(builder, builder.extract_value(args[0], k), record[k], like.compute)
-            for k in range(len(record))
-        ]
-        return context.make_tuple(builder, result, values)
-
-    return result(record, like), codegen

@@ -23,14 +23,15 @@ from numba.extending import (
 )
 
 from ..formula import translate
-from ..operation import Operation
+from ..operation import Operation, Update
 from . import vocabulary
 from .compiler import EXACT_OPTIONS, exact
 from .pointer import AddressModel, unbox_address
 from .reach import body_of
 
 __all__ = [
-    "RecordType", "Values", "finish", "fold", "read_record", "slopes", "value_and_slopes",
+    "RecordType", "Values", "at_step", "completed", "finish", "fold", "read_record", "row_at",
+    "slopes", "update", "value_and_slopes",
 ]  # fmt: skip
 
 
@@ -51,17 +52,21 @@ class _OfRecord(types.Type):
 
 
 class RecordType(_OfRecord):
-    """A record, its numbers of type `compute`."""
+    """A record, its numbers of type `compute`, and those that `derived` names."""
 
     def __init__(
-        self, record: type[Operation], flags: tuple[int, ...], compute: types.Type
+        self,
+        record: type[Operation],
+        flags: tuple[int, ...],
+        compute: types.Type,
+        derived: tuple[str, ...] = (),
     ) -> None:
-        self.compute = compute
-        super().__init__(f"Record in {compute}", record, flags)
+        self.compute, self.numbers = compute, (*record.numbers, *derived)
+        super().__init__(f"Record of {self.numbers} in {compute}", record, flags)
 
 
 class Values(_OfRecord):
-    """The address of a record's numbers, float64 ones in their order."""
+    """The address of a record's numbers, float64 ones in their order, or of rows of such."""
 
     def __init__(self, record: type[Operation], flags: tuple[int, ...]) -> None:
         super().__init__("Values", record, flags)
@@ -74,7 +79,7 @@ unbox(Values)(unbox_address)
 @register_model(RecordType)
 class _RecordModel(models.StructModel):
     def __init__(self, dmm: Any, fe_type: RecordType) -> None:
-        members = [(name, fe_type.compute) for name in fe_type.record.numbers]
+        members = [(name, fe_type.compute) for name in fe_type.numbers]
         super().__init__(dmm, fe_type, members)
 
 
@@ -83,7 +88,7 @@ class _RecordAttribute(AttributeTemplate):
     key = RecordType
 
     def generic_resolve(self, typ: RecordType, attribute: str) -> Any:
-        if attribute in typ.record.numbers:
+        if attribute in typ.numbers:
             return typ.compute
         if attribute not in typ.record.flags:
             return None
@@ -95,7 +100,7 @@ def _get(context: Any, builder: Any, typ: RecordType, value: Any, attribute: str
     if attribute in typ.record.flags:
         flag = typ.flag(attribute)
         return context.get_constant(types.boolean if type(flag) is bool else types.intp, flag)
-    return builder.extract_value(value, typ.record.numbers.index(attribute))
+    return builder.extract_value(value, typ.numbers.index(attribute))
 
 
 @intrinsic
@@ -113,6 +118,41 @@ def read_record(typingctx: Any, values: Any, like: Any) -> Any:
         return result
 
     return record(values, like), codegen
+
+
+@intrinsic
+def row_at(typingctx: Any, values: Any, index: Any) -> Any:
+    """The address of a row."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        size = ir.Constant(args[1].type, 8 * len(values.record.numbers))
+        return builder.gep(args[0], [builder.mul(args[1], size)])
+
+    return values(values, types.intp), codegen
+
+
+@intrinsic
+def completed(typingctx: Any, record: Any, derived: Any, like: Any) -> Any:
+    """An update's record with what `at_step` has found, in the dtype that `like` computes in.
+
+    Numba computes float32 * float64 in float64, at half the vector width: numbers are brought to
+    the elements' dtype once, before the loop.
+    """
+    operation: type[Update] = record.record
+    assert len(derived) == len(operation.derived), "at_step gives what `derived` names"
+    compute = like.compute
+    result = RecordType(operation, record.flags, compute, operation.derived)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        found = ir.Constant(context.get_value_type(result), ir.Undefined)
+        numbers = [(args[0], k, record.compute) for k in range(len(record.numbers))]
+        numbers += [(args[1], k, kind) for k, kind in enumerate(derived)]
+        for place, (whole, k, kind) in enumerate(numbers):
+            value = context.cast(builder, builder.extract_value(whole, k), kind, compute)
+            found = builder.insert_value(found, value, place)
+        return found
+
+    return result(record, derived, like), codegen
 
 
 def _formula(name: str) -> Any:
@@ -134,3 +174,4 @@ def _formula(name: str) -> Any:
 
 value_and_slopes = _formula("value_and_slopes")
 fold, finish, slopes = map(_formula, ("fold", "finish", "slopes"))
+at_step, update = map(_formula, ("at_step", "update"))

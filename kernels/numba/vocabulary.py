@@ -49,6 +49,16 @@ def sign(x: Any) -> Any:
 
 
 @inlined
+def divide(a: Any, b: Any) -> Any:
+    return a / b
+
+
+@inlined
+def power(a: Any, b: Any) -> Any:
+    return a**b
+
+
+@inlined
 def sqrt(x: Any) -> Any:
     return math.sqrt(x)
 

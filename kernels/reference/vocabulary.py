@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 __all__ = [
     "absolute",
+    "divide",
     "exp",
     "isnan",
     "log",
@@ -16,6 +17,7 @@ __all__ = [
     "log_sigmoid",
     "maximum",
     "minimum",
+    "power",
     "sigmoid",
     "sign",
     "softplus",
@@ -70,6 +72,16 @@ def log(x: Any) -> Any:
 def log1p(x: Any) -> Any:
     """log(1 + x), exact near 0."""
     return torch.log1p(x)
+
+
+def divide(a: Any, b: Any) -> Any:
+    """a / b, correctly rounded; the operator may be off by two units in the last place on GPUs."""
+    return a / b
+
+
+def power(a: Any, b: Any) -> Any:
+    """a to the power b, of a from 0 on."""
+    return a**b
 
 
 def sqrt(x: Any) -> Any:

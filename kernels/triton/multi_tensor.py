@@ -24,7 +24,7 @@ import torch
 from ..tables import Launch, Tables
 from .compiler import TYPES, compute_dtype, launch
 from .device_table import DeviceTable, capturing, current_stream
-from .formulas import CONSTANTS, UPDATE, unchanged
+from .record import formula_of, maker
 from .updates import ALIGNED, COUNT, FIRST, derive, update_blocks
 
 #: Steps that may be captured in CUDA graphs before one that isn't.
@@ -46,7 +46,7 @@ def block_shape(dtype: torch.dtype) -> tuple[int, int]:
     return (512, 256) if dtype == torch.float64 else (1024, 128)
 
 
-class Update:
+class Launches:
     """The launches of one bucket, bound to its tables."""
 
     def __init__(
@@ -56,7 +56,7 @@ class Update:
         step: torch.dtype | None,
         tables: Tables,
     ) -> None:
-        """dtypes: of the slots and of the gradients; step: of the counters."""
+        """record: its class; dtypes: of the slots and gradients; step: of the counters."""
         self._tables = tables
         self._step = None if step is None else TYPES[step]
         self._number: Any = None  # what the counters are, if they are on the host
@@ -66,12 +66,18 @@ class Update:
         self._used = [k for k, d in enumerate(dtypes) if d is not None]
         self._compute = compute_dtype(dtypes[0])  # type: ignore[arg-type]
         self._block, self._threads = block_shape(dtypes[0])  # type: ignore[arg-type]
-        self._update = UPDATE[record]
-        self._constants_of, self._fields = CONSTANTS.get(record, (unchanged, len(record._fields)))
+        self._update = {
+            "FORMULA": formula_of(record, "update"), "MAKE": maker(record, record.derived),
+        }  # fmt: skip
+        self._at_step = {
+            "FORMULA": formula_of(record, "at_step") if record.derived else None,
+            "MAKE": maker(record),
+        }
+        self._fields = len(record.numbers) + len(record.derived)
         # Every line of addresses, and for each tensor how many elements it has, its first block,
         # and whether all of its addresses are multiples of 16 bytes.
         self._lines = np.zeros((len(tables.addresses) + 3, len(tables.row_of)), np.int64)
-        self._per_step = record in CONSTANTS
+        self._per_step = bool(record.derived)
         self._bind()
 
     def _bind(self) -> None:
@@ -130,8 +136,8 @@ class Update:
         launch(
             update_blocks, (self._blocks,), t.device, self._threads, table,
             self._tensor_of.current(), constants, len(t.row_of), grad_scale, found_inf,
-            DTYPES=self._dtypes, USES=self._dtypes[1:-1], FORMULA=self._update, FIELDS=self._fields,
-            COMPUTE=TYPES[self._compute], BLOCK=self._block,
+            DTYPES=self._dtypes, FIELDS=self._fields, COMPUTE=TYPES[self._compute],
+            BLOCK=self._block, **self._update,
         )  # fmt: skip
         if self._number and (found_inf is None or found_inf.item() == 0):
             for counter in self._counters():
@@ -168,13 +174,12 @@ class Update:
         launch(
             derive, (-(-len(t.row_of) // 128),), t.device, 128, hypers, self._row_of.current(),
             steps, behind, step, found_inf, constants, len(t.row_of), STEP=self._step,
-            FORMULA=self._constants_of, FIELDS=t.hypers.shape[1],
-            COMPUTE=TYPES[self._compute], BLOCK=128,
+            FIELDS=t.hypers.shape[1], COMPUTE=TYPES[self._compute], BLOCK=128, **self._at_step,
         )  # fmt: skip
 
 
 def launcher(
-    record: type,
+    record: Any,
     slots: tuple[torch.dtype | None, ...],
     grad: torch.dtype,
     step: torch.dtype | None,
@@ -186,7 +191,7 @@ def launcher(
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(_CAPTURED_TOO_EARLY)
-    return functools.partial(Update, record, (*slots, grad), step)
+    return functools.partial(Launches, record, (*slots, grad), step)
 
 
 def describe_step(param: torch.dtype, sizes: list[int]) -> str:

@@ -16,7 +16,7 @@ from ..operation import Operation
 from . import vocabulary
 from .compiler import device_function, number
 
-__all__ = ["constants_of", "formula_of", "record_numbers"]
+__all__ = ["constants_of", "formula_of", "maker", "record_numbers"]
 
 
 @functools.cache
@@ -55,12 +55,12 @@ _MAKES = (_make_0, _make_1, _make_2, _make_3)
 
 
 @functools.cache
-def _maker(operation: Any) -> Any:
-    """The function that makes a record of its numbers and its flags.
+def maker(operation: type[Operation], more: tuple[str, ...] = ()) -> Any:
+    """The function that makes a record of its numbers, those that `more` names, and its flags.
 
     A type can't be a compile-time argument, but may be among the globals of a function that is.
     """
-    names = (*operation.numbers, *operation.flags)
+    names = (*operation.numbers, *more, *operation.flags)
     fields: Any = namedtuple("Record", names)  # type: ignore[misc]
     make = _MAKES[len(operation.flags)]
     return _compiled(FunctionType(make.__code__, {"FIELDS": fields, "tl": tl}, make.__name__))
@@ -74,7 +74,7 @@ def constants_of(record: Any) -> dict[str, Any]:
     """
     operation: Any = type(record)
     names = (*operation.numbers, *operation.flags)
-    return {"MAKE": _maker(operation), "NAMES": names, "FLAGS": record.settings}
+    return {"MAKE": maker(operation), "NAMES": names, "FLAGS": record.settings}
 
 
 def record_numbers(record: Operation, compute: torch.dtype) -> tuple[float | int, ...]:

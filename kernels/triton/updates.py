@@ -27,9 +27,12 @@ def entries(table, place, stride, COUNT: tl.constexpr):
 @kernel
 def derive(
     hypers, row_of, steps, behind, step, found_inf, constants, tensors, STEP: tl.constexpr,
-    FORMULA: tl.constexpr, FIELDS: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    FORMULA: tl.constexpr, MAKE: tl.constexpr, FIELDS: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The constants of each tensor at this step, and counters on the device one further.
+    """The numbers of each tensor's update at this step, and counters on the device one further.
+
+    They are the hyperparameters, FIELDS of them, and what the FORMULA, if any, makes of them.
 
     steps: the table's line of the counters' addresses, and STEP their dtype. Where they are on
     the host, step is the largest of their new values, and behind how many each is behind.
@@ -54,15 +57,38 @@ def derive(
         now = tl.cast(step, tl.float64) - tl.load(behind + tensor, mask=inside, other=0.0)
     else:
         now = tl.zeros([BLOCK], tl.float64)
-    values = FORMULA(values, now)
+    if FORMULA is not None:
+        values = values + FORMULA(MAKE(values, ()), now)
     for k in tl.static_range(len(values)):
         tl.store(constants + k * tensors + tensor, values[k].to(COMPUTE), mask=inside)
 
 
 @device_function
+def number_in(slots, k: tl.constexpr, DTYPES: tl.constexpr):
+    """That of a slot, None if the slot is not in use."""
+    if DTYPES[k] is None:
+        return None
+    else:
+        return slots[k]
+
+
+@device_function
+def updated(h, slots, grad, DTYPES: tl.constexpr, FORMULA: tl.constexpr):
+    """What the formula gives, by how many states it takes: Triton adds no None to a tuple."""
+    one = number_in(slots, 1, DTYPES)
+    if len(DTYPES) == 3:
+        return FORMULA(h, slots[0], grad, one)
+    elif len(DTYPES) == 4:
+        return FORMULA(h, slots[0], grad, one, number_in(slots, 2, DTYPES))
+    else:
+        two, three = number_in(slots, 2, DTYPES), number_in(slots, 3, DTYPES)
+        return FORMULA(h, slots[0], grad, one, two, three)
+
+
+@device_function
 def update_block(
     table, tensor, tensors, offset, mask, values, scale, DTYPES: tl.constexpr,
-    USES: tl.constexpr, FORMULA: tl.constexpr, COMPUTE: tl.constexpr, VECTORS: tl.constexpr,
+    FORMULA: tl.constexpr, MAKE: tl.constexpr, COMPUTE: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     """Update the elements `offset` of one tensor. VECTORS: all addresses are multiples of 16."""
     slots = ()
@@ -73,12 +99,11 @@ def update_block(
                 start = tl.multiple_of(start, 16)
             slots = slots + (tl.load(start + offset, mask=mask).to(COMPUTE),)
         else:
-            slots = slots + (slots[0],)
+            slots = slots + (slots[0],)  # any number
     grad = slots[len(DTYPES) - 1]
     if scale is not None:
         grad *= scale
-    param, states = FORMULA(values, slots[0], grad, slots[1 : len(DTYPES) - 1], USES)
-    new = (param,) + states
+    new = updated(MAKE(values, ()), slots, grad, DTYPES, FORMULA)
     for k in tl.static_range(len(DTYPES) - 1):
         if DTYPES[k] is not None:
             start = tl.load(table + k * tensors + tensor).to(tl.pointer_type(DTYPES[k]))
@@ -90,13 +115,10 @@ def update_block(
 @kernel
 def update_blocks(
     table, tensor_of, constants, tensors, grad_scale, found_inf, DTYPES: tl.constexpr,
-    USES: tl.constexpr, FORMULA: tl.constexpr, FIELDS: tl.constexpr, COMPUTE: tl.constexpr,
+    FORMULA: tl.constexpr, MAKE: tl.constexpr, FIELDS: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Update one block. DTYPES: of the parameter, each state (None: unused), the gradient.
-
-    USES: those of the states alone. (A compile-time tuple can't be sliced in Triton 3.6.)
-    """
+    """Update one block. DTYPES: of the parameter, each state (None: unused), the gradient."""
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return
@@ -112,11 +134,11 @@ def update_blocks(
     offset = begin + tl.arange(0, BLOCK)
     if (begin + BLOCK <= count) & (aligned != 0):
         update_block(
-            table, tensor, tensors, offset, None, values, scale, DTYPES, USES, FORMULA, COMPUTE,
+            table, tensor, tensors, offset, None, values, scale, DTYPES, FORMULA, MAKE, COMPUTE,
             True,
         )  # fmt: skip
     else:
         update_block(
-            table, tensor, tensors, offset, offset < count, values, scale, DTYPES, USES, FORMULA,
+            table, tensor, tensors, offset, offset < count, values, scale, DTYPES, FORMULA, MAKE,
             COMPUTE, False,
         )  # fmt: skip

@@ -11,7 +11,7 @@ import triton.language as tl
 from .compiler import device_function
 from .vector_math import quotient, root
 
-sqrt = root
+sqrt, divide = root, quotient
 
 
 @device_function
@@ -27,6 +27,12 @@ def maximum(a, b):
 @device_function
 def minimum(a, b):
     return tl.minimum(a, b, tl.PropagateNan.ALL)
+
+
+@device_function
+def power(a, b):
+    wide = tl.exp(b.to(tl.float64) * tl.log(a.to(tl.float64)))
+    return tl.where(b == 0.0, 1.0, wide).to(a.dtype)
 
 
 @device_function
