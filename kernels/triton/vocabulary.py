@@ -32,7 +32,7 @@ def minimum(a, b):
 @device_function
 def power(a, b):
     wide = tl.exp(b.to(tl.float64) * tl.log(a.to(tl.float64)))
-    return tl.where(b == 0.0, 1.0, wide).to(a.dtype)
+    return tl.where((b == 0.0) | (a == 1.0), 1.0, wide).to(a.dtype)
 
 
 @device_function
