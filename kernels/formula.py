@@ -7,11 +7,15 @@ Numba, for Triton and for torch's tensors.
 
 from __future__ import annotations
 
+import ast
+import inspect
+import linecache
+import textwrap
 from collections.abc import Callable
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-__all__ = ["translate"]
+__all__ = ["translate", "without"]
 
 #: The module that formulas take their names from, and the one it takes its own from.
 VOCABULARIES = ("fastopt.formula", "fastopt.kernels.reference.vocabulary")
@@ -54,3 +58,57 @@ def translate(
     result.__module__, result.__qualname__ = function.__module__, function.__qualname__
     result.__annotations__ = function.__annotations__
     return result
+
+
+def without(function: Any, absent: tuple[str, ...]) -> FunctionType:
+    """The function as it is where some of its arguments are None: it neither takes nor returns any.
+
+    For a compiler that knows no None among values.
+    """
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    source = ast.unparse(ast.fix_missing_locations(_Without(absent).visit(definition)))
+    # There, whoever asks for the new function's source finds it.
+    name = f"<{function.__module__}.{function.__qualname__} without {', '.join(absent)}>"
+    linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
+    made: dict[str, Any] = {}
+    exec(compile(source, name, "exec", dont_inherit=True), {"Any": Any}, made)
+    (new,) = made.values()
+    result = FunctionType(new.__code__, function.__globals__, function.__name__)
+    result.__module__, result.__qualname__ = function.__module__, function.__qualname__
+    result.__annotations__ = {
+        key: value for key, value in function.__annotations__.items() if key not in absent
+    }
+    return result
+
+
+class _Without(ast.NodeTransformer):
+    """Puts None for names, and takes it out of a definition's arguments, conditions and results."""
+
+    def __init__(self, absent: tuple[str, ...]) -> None:
+        self._absent = absent
+
+    def visit_arguments(self, node: ast.arguments) -> ast.arguments:
+        node.args = [argument for argument in node.args if argument.arg not in self._absent]
+        return node
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        is_read = isinstance(node.ctx, ast.Load) and node.id in self._absent
+        return ast.Constant(None) if is_read else node
+
+    def visit_If(self, node: ast.If) -> Any:
+        test = self.visit(node.test)
+        match test:
+            case ast.Compare(left=ast.Constant(None), comparators=[ast.Constant(None)]):
+                chosen = node.body if isinstance(test.ops[0], ast.Is) else node.orelse
+                return [self.visit(statement) for statement in chosen]
+        return self.generic_visit(node)
+
+    def visit_Return(self, node: ast.Return) -> ast.Return:
+        self.generic_visit(node)
+        if isinstance(node.value, ast.Tuple):
+            node.value.elts = [e for e in node.value.elts if not _is_none(e)]
+        return node
+
+
+def _is_none(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None

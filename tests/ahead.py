@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import linecache
 import re
 import subprocess
 import tempfile
@@ -208,7 +209,8 @@ def _statement(path: Path, row: int) -> str:
 
 @functools.cache
 def _statements(path: Path) -> tuple[list[tuple[int, int, str]], list[str]]:
-    source = path.read_text()
+    # A formula without some of its arguments is in no file.
+    source = "".join(linecache.getlines(path.name if path.name.startswith("<") else str(path)))
     simple = [
         (node.lineno, node.end_lineno or node.lineno, ast.unparse(node))
         for node in ast.walk(ast.parse(source))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import _thread
-import itertools
 from collections.abc import Sequence
+from itertools import compress, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,7 +58,7 @@ def find_sharing(
 ) -> Sharing | None:
     """Two places whose memory overlaps, one of them written at least; None if there are none."""
     spans = sorted((*s, place) for place, t in written if (s := span(t)) is not None)
-    for (_, end, a), (start, _, b) in itertools.pairwise(spans):
+    for (_, end, a), (start, _, b) in pairwise(spans):
         if end > start:
             return a, b
     starts = np.array([s[0] for s in spans], np.int64)
@@ -87,20 +87,12 @@ def others_may_run() -> bool:
     return _thread._count() > 0
 
 
-def hold_storages(tensors: Sequence[Any], addresses: np.ndarray) -> list[Any] | None:
-    """The storages of tensors; None if one has other memory by now than that at its address.
-
-    Who has them keeps the memory, even where ``p.data = …`` gives the tensor other memory
-    meanwhile.
+def hold_storages(tensors: Sequence[Any], addresses: np.ndarray) -> list[Any]:
+    """The storages of tensors. Who has them keeps the memory, whatever the tensors get meanwhile.
 
     Args:
         tensors: with None for what isn't there.
         addresses: where a launch will look for their elements; below 4096 for no memory.
     """
-    there = [(t, a) for t, a in zip(tensors, addresses.tolist(), strict=True) if a > 4096]
-    storages = [t.untyped_storage() for t, _ in there]
-    for storage, (_, address) in zip(storages, there, strict=True):
-        begin = storage.data_ptr()
-        if not begin <= address < begin + storage.nbytes():
-            return None
-    return storages
+    there = compress(tensors, (addresses > 4096).tolist())
+    return list(map(Tensor.untyped_storage, there))

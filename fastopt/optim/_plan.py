@@ -174,7 +174,7 @@ class StepPlan:
         buckets = self._find(optimizer, params, grads) if self._proof else []
         if buckets is None:
             return None
-        storages: list[Any] | None = []
+        storages: list[Any] = []
         if self._proof:
             if len(buckets) == 1:
                 ((_, written, present),) = buckets
@@ -189,7 +189,10 @@ class StepPlan:
                     bucket.count_elements()
             if self.reference or others_may_run():
                 storages = hold_storages(written + present, self._proof.addresses())
-        if storages is None or not self._has_these_options(optimizer):
+                # What is at these addresses still is what is held: no other can be there now.
+                if self._proof.look(written, present) != SAME:
+                    return None
+        if not self._has_these_options(optimizer):
             return None
         return Found(params, grads, buckets, storages)
 

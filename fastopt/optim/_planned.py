@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from .. import dispatch
 from ..dispatch import Decision
 from ..kernels.operation import Update
+from ._hooks import with_hooks
 from ._kinds import default_counter, fits_torchs_fused, group_specials
 from ._planner import Planner
 from ._seams import circumstances, torchs_parts
@@ -90,6 +91,8 @@ class PlannedStep(Optimizer):
         for name in missing:
             state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
         return bool(missing) and not self._counts_steps
+
+    profile_hook_step = staticmethod(with_hooks)  # type: ignore[assignment]  # what torch wraps a class's `step` in
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -51,7 +51,7 @@ def one_block(
 ):  # fmt: skip
     """Compute the elements at `place`, and return their values."""
     numbers = ()
-    for k in tl.static_range(len(operands)):
+    for k in tl.static_range(len(FIXED)):  # Triton 3.6 doesn't know how long a tuple with None is
         if operands[k] is None:
             numbers = numbers + (1.0,)
         elif FLAT:
@@ -70,7 +70,7 @@ def one_block(
         scale = scale * tl.load(upstream + place, mask=mask).to(COMPUTE)
     if values is not None:
         tl.store(values + place, found[0], mask=mask)
-    for k in tl.static_range(len(grads)):
+    for k in tl.static_range(len(found) - 1):
         if grads[k] is not None:
             tl.store(grads[k] + place, scale * found[k + 1], mask=mask)
     return tl.broadcast_to(found[0], place.shape)  # one number, where each operand is one
@@ -140,10 +140,11 @@ def _run(
     first = next(t for t in operands if t is not None)
     launch(
         flat_blocks, (_programs(place),), first.device, THREADS, operands,
-        tuple(step[:2] for step in place.steps), record_numbers(record, compute), values, grads,
-        upstream, grad_output, partials, number(record.factor, compute),
-        None if divisor is None else number(divisor, compute), place.places, place.second,
-        place.inner, FIXED=tuple(step[2] == 0 for step in place.steps), FLAT=place.flat,
+        tuple(step[:2] for step in place.steps), record_numbers(record, compute), values,
+        grads or (None,) * operation.slopes, upstream, grad_output, partials,
+        number(record.factor, compute), None if divisor is None else number(divisor, compute),
+        place.places, place.second, place.inner,
+        FIXED=tuple(step[2] == 0 for step in place.steps), FLAT=place.flat,
         COMPUTE=TYPES[compute], READY=ready, WIDE=place.places + BLOCK >= 2**31, BLOCK=BLOCK,
         FORMULA=formula_of(operation, "value_and_slopes"), **constants_of(record),
     )  # fmt: skip

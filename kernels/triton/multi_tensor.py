@@ -62,13 +62,17 @@ class Launches:
         self._number: Any = None  # what the counters are, if they are on the host
         if step is not None and not tables.counted_on_device:
             self._number = ctypes.c_double if step == torch.float64 else ctypes.c_float
-        self._dtypes = tuple(None if d is None else TYPES[d] for d in dtypes)
-        self._used = [k for k, d in enumerate(dtypes) if d is not None]
+        self._slots = len(dtypes)
+        self._lines_used = tuple(k for k, d in enumerate(dtypes) if d is not None)
+        self._dtypes = tuple(TYPES[d] for d in dtypes if d is not None)
         self._compute = compute_dtype(dtypes[0])  # type: ignore[arg-type]
         self._block, self._threads = block_shape(dtypes[0])  # type: ignore[arg-type]
+        # Of the slots the first is the parameter, and the last of the dtypes the gradient's.
+        unused = tuple(n for n, d in zip(record.slots, dtypes[1:-1], strict=True) if d is None)
         self._update = {
-            "FORMULA": formula_of(record, "update"), "MAKE": maker(record, record.derived),
-        }  # fmt: skip
+            "FORMULA": formula_of(record, "update", unused),
+            "MAKE": maker(record, record.derived),
+        }
         self._at_step = {
             "FORMULA": formula_of(record, "at_step") if record.derived else None,
             "MAKE": maker(record),
@@ -125,7 +129,7 @@ class Launches:
             self._count_blocks()
         addresses = len(t.addresses)
         self._lines[:addresses] = t.addresses
-        aligned = np.bitwise_or.reduce(t.addresses[self._used]) % 16 == 0
+        aligned = np.bitwise_or.reduce(t.addresses[list(self._lines_used)]) % 16 == 0
         self._lines[addresses + ALIGNED] = aligned
         grad_scale, found_inf = (
             None if x is None else x.to(t.device, non_blocking=True)
@@ -136,8 +140,8 @@ class Launches:
         launch(
             update_blocks, (self._blocks,), t.device, self._threads, table,
             self._tensor_of.current(), constants, len(t.row_of), grad_scale, found_inf,
-            DTYPES=self._dtypes, FIELDS=self._fields, COMPUTE=TYPES[self._compute],
-            BLOCK=self._block, **self._update,
+            LINES=self._lines_used, DTYPES=self._dtypes, FIELDS=self._fields,
+            COMPUTE=TYPES[self._compute], BLOCK=self._block, **self._update,
         )  # fmt: skip
         if self._number and (found_inf is None or found_inf.item() == 0):
             for counter in self._counters():
@@ -159,7 +163,7 @@ class Launches:
         t = self._tables
         steps = behind = step = None
         if self._step is not None and t.counted_on_device:
-            steps = table[len(self._dtypes)]
+            steps = table[self._slots]
         elif self._per_step:
             counts = np.array([counter.value for counter in self._counters()])
             step = float(counts.max()) + 1.0

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from ..formula import translate
+from ..formula import translate, without
 from ..operation import Operation
 from . import vocabulary
 from .compiler import device_function, number
@@ -20,9 +20,15 @@ __all__ = ["constants_of", "formula_of", "maker", "record_numbers"]
 
 
 @functools.cache
-def formula_of(operation: type[Operation], name: str) -> Any:
-    """An operation's formula of this name, to be called with a record and numbers."""
-    return _compiled(translate(getattr(operation, name), vocabulary, _compiled))
+def formula_of(operation: type[Operation], name: str, absent: tuple[str, ...] = ()) -> Any:
+    """An operation's formula of this name, to be called with a record and numbers.
+
+    absent: those of its arguments that are None. Not all Tritons have None among values.
+    """
+    formula = getattr(operation, name)
+    if absent:
+        formula = without(formula, absent)
+    return _compiled(translate(formula, vocabulary, _compiled))
 
 
 def _compiled(function: Any) -> Any:

@@ -64,61 +64,36 @@ def derive(
 
 
 @device_function
-def number_in(slots, k: tl.constexpr, DTYPES: tl.constexpr):
-    """That of a slot, None if the slot is not in use."""
-    if DTYPES[k] is None:
-        return None
-    else:
-        return slots[k]
-
-
-@device_function
-def updated(h, slots, grad, DTYPES: tl.constexpr, FORMULA: tl.constexpr):
-    """What the formula gives, by how many states it takes: Triton adds no None to a tuple."""
-    one = number_in(slots, 1, DTYPES)
-    if len(DTYPES) == 3:
-        return FORMULA(h, slots[0], grad, one)
-    elif len(DTYPES) == 4:
-        return FORMULA(h, slots[0], grad, one, number_in(slots, 2, DTYPES))
-    else:
-        two, three = number_in(slots, 2, DTYPES), number_in(slots, 3, DTYPES)
-        return FORMULA(h, slots[0], grad, one, two, three)
-
-
-@device_function
 def update_block(
-    table, tensor, tensors, offset, mask, values, scale, DTYPES: tl.constexpr,
-    FORMULA: tl.constexpr, MAKE: tl.constexpr, COMPUTE: tl.constexpr, VECTORS: tl.constexpr,
+    table, tensor, tensors, offset, mask, values, scale, LINES: tl.constexpr,
+    DTYPES: tl.constexpr, FORMULA: tl.constexpr, MAKE: tl.constexpr, COMPUTE: tl.constexpr,
+    VECTORS: tl.constexpr,
 ):  # fmt: skip
     """Update the elements `offset` of one tensor. VECTORS: all addresses are multiples of 16."""
-    slots = ()
-    for k in tl.static_range(len(DTYPES)):
-        if DTYPES[k] is not None:
-            start = tl.load(table + k * tensors + tensor).to(tl.pointer_type(DTYPES[k]))
-            if VECTORS:
-                start = tl.multiple_of(start, 16)
-            slots = slots + (tl.load(start + offset, mask=mask).to(COMPUTE),)
-        else:
-            slots = slots + (slots[0],)  # any number
-    grad = slots[len(DTYPES) - 1]
+    numbers = ()
+    for k in tl.static_range(len(LINES)):
+        start = tl.load(table + LINES[k] * tensors + tensor).to(tl.pointer_type(DTYPES[k]))
+        if VECTORS:
+            start = tl.multiple_of(start, 16)
+        numbers = numbers + (tl.load(start + offset, mask=mask).to(COMPUTE),)
+    grad = numbers[len(LINES) - 1]
     if scale is not None:
         grad *= scale
-    new = updated(MAKE(values, ()), slots, grad, DTYPES, FORMULA)
-    for k in tl.static_range(len(DTYPES) - 1):
-        if DTYPES[k] is not None:
-            start = tl.load(table + k * tensors + tensor).to(tl.pointer_type(DTYPES[k]))
-            if VECTORS:
-                start = tl.multiple_of(start, 16)
-            tl.store(start + offset, new[k], mask=mask)
+    new = FORMULA(MAKE(values, ()), numbers[0], grad, *numbers[1 : len(LINES) - 1])
+    for k in tl.static_range(len(LINES) - 1):
+        start = tl.load(table + LINES[k] * tensors + tensor).to(tl.pointer_type(DTYPES[k]))
+        if VECTORS:
+            start = tl.multiple_of(start, 16)
+        tl.store(start + offset, new[k], mask=mask)
 
 
 @kernel
 def update_blocks(
-    table, tensor_of, constants, tensors, grad_scale, found_inf, DTYPES: tl.constexpr,
-    FORMULA: tl.constexpr, MAKE: tl.constexpr, FIELDS: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    table, tensor_of, constants, tensors, grad_scale, found_inf, LINES: tl.constexpr,
+    DTYPES: tl.constexpr, FORMULA: tl.constexpr, MAKE: tl.constexpr, FIELDS: tl.constexpr,
+    COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Update one block. DTYPES: of the parameter, each state (None: unused), the gradient."""
+    """Update one block. LINES of the table: the parameter's, those of states, the gradients'."""
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return
@@ -127,18 +102,18 @@ def update_blocks(
         scale = 1.0 / tl.load(grad_scale).to(COMPUTE)
     program = tl.program_id(0)
     tensor = tl.load(tensor_of + program)
-    rest = table + (len(DTYPES) + 1) * tensors + tensor
+    rest = table + (LINES[len(LINES) - 1] + 2) * tensors + tensor
     count, first, aligned = entries(rest, 0, tensors, 3)
     values = entries(constants, tensor, tensors, FIELDS)
     begin = (program - first) * BLOCK
     offset = begin + tl.arange(0, BLOCK)
     if (begin + BLOCK <= count) & (aligned != 0):
         update_block(
-            table, tensor, tensors, offset, None, values, scale, DTYPES, FORMULA, MAKE, COMPUTE,
-            True,
+            table, tensor, tensors, offset, None, values, scale, LINES, DTYPES, FORMULA, MAKE,
+            COMPUTE, True,
         )  # fmt: skip
     else:
         update_block(
-            table, tensor, tensors, offset, offset < count, values, scale, DTYPES, FORMULA, MAKE,
-            COMPUTE, False,
+            table, tensor, tensors, offset, offset < count, values, scale, LINES, DTYPES,
+            FORMULA, MAKE, COMPUTE, False,
         )  # fmt: skip
