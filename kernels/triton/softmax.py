@@ -275,6 +275,9 @@ def softmax_rows(
         if probability is not None or SMOOTH:
             loss += tl.where(tl.program_id(1) == 0, soft * log_total, 0.0)
         if target is not None:
+            # Read again, so that it need not stay in a register beside the loop.
+            label = tl.load(target + row, mask=inside, other=0).to(tl.int64)
+            label = tl.where((label >= 0) & (label < x.classes), label, 0)
             if UNIT:
                 logit = tl.load(input + starts + label, mask=inside, other=0.0).to(COMPUTE)
             else:
