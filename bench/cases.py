@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-import fastopt.nn.functional  # noqa: F401  (whose operations are then in FUNCTIONS)
-from fastopt.front.call import FUNCTIONS
-from fastopt.front.samples import operands
-from fastopt.kernels.operation import Elementwise
+import fastopt.nn.functional  # noqa: F401  (whose operations are then in RECORDS)
+from fastopt.front.call import RECORDS
+from fastopt.front.samples import operands, usual
+from fastopt.kernels.operation import Elementwise, Gather, Rowwise
+from fastopt.optim._operations import OPTIMIZERS as KINDS
 
 Make = Callable[[], tuple[Tensor, ...]]
 
@@ -60,8 +62,10 @@ class OptimizerRow:
     @property
     def floor(self) -> int:
         """Bytes: parameter and states read and written once, the gradient read once."""
-        states = {"SGD": 1 if self.options.get("momentum") else 0, "RMSprop": 1}
-        return self.size * self.dtype.itemsize * (3 + 2 * states.get(self.operation, 2))
+        kind: Any = KINDS[self.operation]
+        optimizer = kind([Parameter(torch.empty(1))], **self.options)
+        states = len(optimizer._active(optimizer.param_groups[0]))
+        return self.size * self.dtype.itemsize * (3 + 2 * states)
 
 
 def _labelled(*shape: int, dtype: torch.dtype, last: bool) -> Make:
@@ -106,7 +110,7 @@ def _suffix(dtype: torch.dtype) -> str:
 
 def _composed(operation: str, count: int, **options: Any) -> LossRow:
     """A loss of any number of operands, all of one size; pos_weight is one number a column."""
-    record: Any = FUNCTIONS[operation]
+    record: Any = RECORDS[operation]
     shape = (count // 16, 16) if options.pop("pos_weight", False) else (count,)
     words = " pos_weight" if len(shape) > 1 else ""
 
@@ -121,10 +125,23 @@ def _composed(operation: str, count: int, **options: Any) -> LossRow:
     )  # fmt: skip
 
 
+def _vectors(operation: str, count: int) -> LossRow:
+    """A loss of rows of 128 numbers, and of a label or a sign a row."""
+
+    def make() -> tuple[Tensor, ...]:
+        first = next(usual(RECORDS[operation], count, F32))
+        return tuple(t.detach() for t in first.values())
+
+    reads = sum(t.ndim == 2 for t in next(usual(RECORDS[operation], 128, F32)).values())
+    return LossRow(
+        f"{operation} {count}", operation, make, count, (reads + 1) * 4 * count, count == 1 << 24
+    )
+
+
 _COMPOSED = [
     *[
         (name, {"reduction": "batchmean"} if name == "kl_div" else {})
-        for name, record in FUNCTIONS.items()
+        for name, record in RECORDS.items()
         if issubclass(record, Elementwise) and name not in ("mse_loss", "l1_loss")
     ],
     ("binary_cross_entropy_with_logits", {"pos_weight": True}),
@@ -134,6 +151,12 @@ LOSSES = [
     *[
         _composed(name, count, **options)
         for name, options in _COMPOSED
+        for count in (10_000, 1 << 20, 1 << 24)
+    ],
+    *[
+        _vectors(name, count)
+        for name, record in RECORDS.items()
+        if issubclass(record, Rowwise | Gather)
         for count in (10_000, 1 << 20, 1 << 24)
     ],
     *[
@@ -201,12 +224,11 @@ _SIZES: tuple[tuple[str, tuple[tuple[int, ...], ...], bool], ...] = (
     ("100 tensors of 10000", ((10_000,),) * 100, False),
     ("16777216", ((1 << 24,),), True),
 )
+_OPTIONS: dict[str, Any] = {name: kind._record.variants[-1] for name, kind in KINDS.items()}
 OPTIMIZERS = [
     *[
         OptimizerRow(f"{operation} {name}", operation, shapes, options, quick=quick)
-        for operation, options in (
-            ("SGD", _MOMENTUM), ("Adam", {}), ("AdamW", {}), ("RMSprop", {}),
-        )
+        for operation, options in _OPTIONS.items()
         for name, shapes, quick in _SIZES
     ],
     OptimizerRow("SGD plain 16777216", "SGD", ((1 << 24,),), {"lr": 0.01}),

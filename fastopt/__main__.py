@@ -14,7 +14,7 @@ import torch
 from . import __version__
 from ._warmup import DTYPES, NAMES, warm_up
 from .dispatch import BACKENDS, Request
-from .front.call import FUNCTIONS
+from .front.call import RECORDS
 from .optim._operations import OPTIMIZERS
 
 
@@ -51,7 +51,7 @@ def report() -> None:
     print(f"devices {', '.join(_devices())}")
     print("\nOperations and backends, for float32 on each device:")
     for device in dict.fromkeys(name.split(":")[0] for name in _devices()):
-        for operation in (*sorted(FUNCTIONS), *OPTIMIZERS):
+        for operation in (*sorted(RECORDS), *OPTIMIZERS):
             dtypes = (torch.float32,) * 2
             capability = torch.cuda.get_device_capability() if device == "cuda" else None
             request = Request(operation, device, dtypes, 1, capability=capability)
@@ -60,8 +60,8 @@ def report() -> None:
                 reasons = backend.refusals(request)
                 print(f"    {name:9s} {'no: ' + '; '.join(reasons) if reasons else 'yes'}")
     print("\nElements below which torch's own loss is the faster one:")
-    widest = max(map(len, FUNCTIONS))
-    for name, kind in sorted(FUNCTIONS.items()):
+    widest = max(map(len, RECORDS))
+    for name, kind in sorted(RECORDS.items()):
         print(f"  {name:{widest}s} {kind.crossover:,}")
         for size, rows in kind.row_crossover.items():
             for classes, count in rows:

@@ -12,7 +12,7 @@ import torch
 
 from .dispatch import use_backend
 from .errors import BackendUnavailable
-from .front.call import FUNCTIONS as ALL
+from .front.call import RECORDS
 from .front.route import RouteCache
 from .front.samples import usual
 from .front.torch_only import TorchOnly
@@ -25,17 +25,9 @@ DTYPES = {
 }
 # Elements few enough for one thread, and enough for several: two forms of each kernel.
 _SIZES = (1 << 12, 1 << 18)
-_OPTIMIZERS: dict[str, tuple[dict[str, float], ...]] = {
-    "SGD": ({"lr": 0.1}, {"lr": 0.1, "momentum": 0.9}),
-    "Adam": ({},),
-    "AdamW": ({},),
-    "RMSprop": ({},),
-}
-
-
-OPERATIONS = {name: kind for name, kind in ALL.items() if not issubclass(kind, TorchOnly)}
+OPERATIONS = {name: kind for name, kind in RECORDS.items() if not issubclass(kind, TorchOnly)}
 #: The losses and optimizers that there is something to compile for.
-NAMES = (*OPERATIONS, *_OPTIMIZERS)
+NAMES = (*OPERATIONS, *OPTIMIZERS)
 
 
 def jobs(
@@ -48,12 +40,12 @@ def jobs(
             for size in _SIZES:
                 for tensors in usual(operation, size, dtype):
                     yield name, _loss(functools.partial(FUNCTIONS[name], **tensors, **options))
-    for name in [n for n in _OPTIMIZERS if n in only]:
-        for numbers in _OPTIMIZERS[name]:
+    for name in [n for n in OPTIMIZERS if n in only]:
+        for options in OPTIMIZERS[name]._record.variants:
             for size in _SIZES:
                 p = torch.nn.Parameter(torch.zeros(size, dtype=dtype))
                 p.grad = torch.zeros_like(p)
-                yield name, OPTIMIZERS[name]([p], **numbers).step
+                yield name, OPTIMIZERS[name]([p], **options).step
 
 
 def _loss(value: Callable[[], Any]) -> Callable[[], None]:

@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fastopt.front.call import FUNCTIONS
+from fastopt.front.call import RECORDS
 from fastopt.front.route import RouteCache
 
 #: The machine under test: where tensors are, and the compiled backend that serves them.
@@ -241,7 +241,7 @@ SHAPES = ((1,), (64,), (70,), (3, 5, 7), (), (4099,), (0,), (LARGE,), (2, 0))
 def any_size_counts() -> Iterator[None]:
     """Set the sizes aside below which torch's own code is faster."""
     with ExitStack() as stack:
-        for operation in set(FUNCTIONS.values()):
+        for operation in set(RECORDS.values()):
             stack.enter_context(mock.patch.multiple(operation, crossover=0, row_crossover={}))
         RouteCache.forget()
         yield

@@ -17,7 +17,7 @@ import fastopt
 import fastopt.nn.functional as ours
 from fastopt import BackendUnavailable, dispatch
 from fastopt.dispatch import BACKENDS, Decision, Request
-from fastopt.front.call import FUNCTIONS
+from fastopt.front.call import RECORDS
 from fastopt.front.crossover import crossover, quick_test, usual_crossover
 from fastopt.front.torch_only import TorchOnly
 
@@ -119,13 +119,13 @@ def test_old_gpu_without_triton() -> None:
 
 
 #: The losses that there are kernels of.
-COMPILED = [name for name, kind in FUNCTIONS.items() if not issubclass(kind, TorchOnly)]
+COMPILED = [name for name, kind in RECORDS.items() if not issubclass(kind, TorchOnly)]
 
 
 @pytest.mark.parametrize("operation", COMPILED)
 def test_crossover(operation: str) -> None:
-    limit = crossover(FUNCTIONS[operation], 4, 0)
-    assert limit == FUNCTIONS[operation].crossover > 0
+    limit = crossover(RECORDS[operation], 4, 0)
+    assert limit == RECORDS[operation].crossover > 0
     assert choose(operation=operation, numel=limit, crossover=limit).backend == "numba"
     below = choose(operation=operation, numel=limit - 1, crossover=limit)
     assert below.backend == "reference"
@@ -147,7 +147,7 @@ def test_usual_crossovers() -> None:
 def test_the_crossover_of_a_call() -> None:
     """It is what the record says, for the rows and the bytes of a number that the call has."""
     for operation in ("mse_loss", "l1_loss", "kl_div"):
-        limit = FUNCTIONS[operation].crossover
+        limit = RECORDS[operation].crossover
         for numel, name in ((limit, "numba"), (limit - 1, "reference")):
             x = torch.rand(numel)
             (decision,) = fastopt.explain(getattr(ours, operation), x, x, reduction="sum")
@@ -166,7 +166,7 @@ def row_limits(operation: str) -> list[tuple[torch.dtype, int, int]]:
     """(dtype, classes side by side, crossover) on both sides of each step of the table."""
     found = []
     dtypes = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
-    kind = FUNCTIONS[operation]
+    kind = RECORDS[operation]
     for size, rows in kind.row_crossover.items():
         assert list(rows) == sorted(rows)
         limits = [limit for _, limit in rows] + [kind.crossover]
@@ -180,7 +180,7 @@ def row_limits(operation: str) -> list[tuple[torch.dtype, int, int]]:
 def test_crossover_of_rows(operation: str) -> None:
     assert row_limits(operation) or operation != "cross_entropy"
     for dtype, row, limit in row_limits(operation):
-        assert crossover(FUNCTIONS[operation], dtype.itemsize, row) == limit
+        assert crossover(RECORDS[operation], dtype.itemsize, row) == limit
         call = {"operation": operation, "dtypes": (dtype, torch.int64), "crossover": limit}
         call["label"] = 1
         assert choose(numel=limit, **call).backend == "numba"
@@ -190,7 +190,7 @@ def test_crossover_of_rows(operation: str) -> None:
 @pytest.mark.parametrize("operation", COMPILED)
 def test_quick_test_of_size(operation: str) -> None:
     """It must never send to torch what pays off, whatever the layout."""
-    kind = FUNCTIONS[operation]
+    kind = RECORDS[operation]
     test, surely = quick_test(kind)
 
     def quick(input: torch.Tensor) -> bool:

@@ -14,11 +14,11 @@ from cases import BACKEND, DEVICE, REDUCTIONS
 
 import fastopt
 import fastopt.nn.functional as ours
-from fastopt.front.call import FUNCTIONS
+from fastopt.front.call import RECORDS
 from fastopt.kernels.operation import Elementwise
 
 INF, NAN = math.inf, math.nan
-ELEMENTWISE = [name for name, record in FUNCTIONS.items() if issubclass(record, Elementwise)]
+ELEMENTWISE = [name for name, record in RECORDS.items() if issubclass(record, Elementwise)]
 #: Besides the usual ones.
 OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "binary_cross_entropy_with_logits": ({"pos_weight": 3.0}, {"pos_weight": 0.3}),
@@ -46,7 +46,7 @@ def grid(operation: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     }
     needed = inspect.signature(getattr(theirs, operation)).parameters.values()
     names = [p.name for p in needed if p.default is p.empty]
-    known = FUNCTIONS[operation].domains
+    known = RECORDS[operation].domains
     values = [domains[known[name]] if name in known else anything for name in names]
     columns = torch.tensor(list(itertools.product(*values)), dtype=dtype, device=DEVICE)
     return {name: columns[:, k].contiguous() for k, name in enumerate(names)}
@@ -64,7 +64,7 @@ def test_extreme_elements(operation: str, options: dict[str, Any], dtype: torch.
     tensors = grid(operation, dtype)
     if operation == "soft_margin_loss":  # torch's overflows
         tensors["input"] = tensors["input"].where(tensors["input"].abs() < 80, 80.0)
-    followed = FUNCTIONS[operation].followed
+    followed = RECORDS[operation].followed
     for reduction in REDUCTIONS:
         outcomes = []
         for module in (ours, theirs):

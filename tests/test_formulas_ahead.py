@@ -20,12 +20,12 @@ pytest.importorskip("triton", reason="needs the package triton")
 from ahead import MACHINES, Code, compiling
 
 import fastopt.nn.functional  # noqa: F401  (has the losses say what they are)
-from fastopt.front.call import FUNCTIONS
+from fastopt.front.call import RECORDS
 from fastopt.kernels import triton as backend
 from fastopt.kernels.operation import Elementwise, Options, Rowwise
 
 META = torch.device("meta")
-OPERATIONS: list[Any] = list(dict.fromkeys(FUNCTIONS.values()))
+OPERATIONS: list[Any] = list(dict.fromkeys(RECORDS.values()))
 ELEMENTWISE = [kind for kind in OPERATIONS if issubclass(kind, Elementwise)]
 #: With the flags that they have by default, and with others.
 FLAGS: dict[str, dict[str, Any]] = {

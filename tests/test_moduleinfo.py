@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastopt
 import fastopt.nn.functional as ours
-from fastopt.front.call import FUNCTIONS
+from fastopt.front.call import RECORDS
 from fastopt.kernels.operation import Elementwise, Softmax
 
 #: Losses by element and cross-entropy; the others' samples are in test_rows, test_nll and
@@ -34,7 +34,7 @@ SWEPT = {
     name
     for name, kind in fastopt.nn._operations.MODULES.items()
     if hasattr(kind, "_function")
-    and issubclass(FUNCTIONS[kind._function.__name__], Elementwise | Softmax)
+    and issubclass(RECORDS[kind._function.__name__], Elementwise | Softmax)
 }
 MODULES = {
     info.module_cls.__name__: info for info in module_db if info.module_cls.__name__ in SWEPT
@@ -102,7 +102,7 @@ def leaves(name: str, sample: ModuleInput) -> Tensors:
 
 def fixed(name: str) -> set[int]:
     """The places of a call's tensors that have no gradient."""
-    record: Any = FUNCTIONS[getattr(fastopt.nn, name)._function.__name__]
+    record: Any = RECORDS[getattr(fastopt.nn, name)._function.__name__]
     constants = getattr(record, "constants", ())
     return {k for k, operand in enumerate(record.operands) if operand in constants}
 

@@ -14,7 +14,7 @@ from children import ROOT
 
 import fastopt
 from fastopt._warmup import DTYPES, jobs
-from fastopt.front.call import FUNCTIONS as OPERATIONS
+from fastopt.front.call import RECORDS
 from fastopt.front.samples import usual
 from fastopt.front.torch_only import TorchOnly
 from fastopt.nn._operations import FUNCTIONS, MODULES
@@ -44,7 +44,7 @@ def own_file(name: str) -> Path:
 
 def words_of(name: str) -> set[str]:
     """The function's, the class's and the record's names."""
-    module, record = sys.modules[FUNCTIONS[name].__module__], OPERATIONS[name]
+    module, record = sys.modules[FUNCTIONS[name].__module__], RECORDS[name]
     return {*module.__all__, *([record.__name__] if record.__module__ == module.__name__ else [])}
 
 
@@ -99,15 +99,15 @@ def test_one_operation_a_file() -> None:
 def test_everything_finds_it(name: str) -> None:
     """The exports, the decorator's table, torch's twin, warmup, convert and explain."""
     torchs: Any = getattr(torch.nn.functional, name)
-    if OPERATIONS[name].__module__ == FUNCTIONS[name].__module__:
-        assert OPERATIONS[name].twin is torchs
+    if RECORDS[name].__module__ == FUNCTIONS[name].__module__:
+        assert RECORDS[name].twin is torchs
     assert getattr(fastopt.nn.functional, name) is FUNCTIONS[name]
     assert name in fastopt.nn.functional.__all__
     kinds = kinds_of(name)
     for kind in kinds:
         assert getattr(fastopt.nn, kind.__name__) is kind
         assert kind.__name__ in fastopt.nn.__all__
-    if not issubclass(OPERATIONS[name], TorchOnly):
+    if not issubclass(RECORDS[name], TorchOnly):
         assert kinds
         assert len([job for job, _ in jobs(torch.float32, [name]) if job == name]) >= 2
     words = "".join(rf"\b{kind.__name__}\b.*" for kind in sorted(kinds, key=order_of))
@@ -120,9 +120,9 @@ def test_everything_finds_it(name: str) -> None:
 @EACH
 def test_samples_are_such_that_a_kernel_serves_them(name: str, dtype: torch.dtype) -> None:
     """And torch; what is compiled ahead is what a call of that kind needs."""
-    if issubclass(OPERATIONS[name], TorchOnly):
+    if issubclass(RECORDS[name], TorchOnly):
         return
-    calls = list(usual(OPERATIONS[name], 1 << 10, dtype))
+    calls = list(usual(RECORDS[name], 1 << 10, dtype))
     assert calls or dtype.itemsize == 2
     for operands in calls:
         with fastopt.use_backend("reference"):
@@ -139,9 +139,9 @@ def test_samples_are_such_that_a_kernel_serves_them(name: str, dtype: torch.dtyp
 @EACH
 def test_second_derivatives_by_torchs_function(name: str) -> None:
     """Where torch has to follow a backward pass, the record gives it torch's function to call."""
-    if issubclass(OPERATIONS[name], TorchOnly):
+    if issubclass(RECORDS[name], TorchOnly):
         return
-    operands = next(iter(usual(OPERATIONS[name], 1 << 10, torch.float64)))
+    operands = next(iter(usual(RECORDS[name], 1 << 10, torch.float64)))
     wanted = [t for t in operands.values() if t.requires_grad]
 
     def second(function: Any) -> tuple[torch.Tensor, ...]:
@@ -162,7 +162,7 @@ def test_second_derivatives_by_torchs_function(name: str) -> None:
 
 
 def test_warmup_knows_every_operation() -> None:
-    compiled = {name for name in FUNCTIONS if not issubclass(OPERATIONS[name], TorchOnly)}
+    compiled = {name for name in FUNCTIONS if not issubclass(RECORDS[name], TorchOnly)}
     assert len(compiled) >= 18
     assert {name for name, _ in jobs(torch.float32)} == {*compiled, *OPTIMIZERS}
 

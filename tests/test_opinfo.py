@@ -25,7 +25,7 @@ from torch.testing._internal.common_utils import noncontiguous_like
 
 import fastopt
 import fastopt.nn.functional as ours
-from fastopt.front.call import FUNCTIONS
+from fastopt.front.call import RECORDS
 from fastopt.kernels.operation import Elementwise, Loss, Softmax
 
 #: Torch's rows, of losses by element and cross-entropy (those of the others are in test_rows,
@@ -34,7 +34,7 @@ OPS: dict[str, Any] = {}
 for _op in op_db:
     _name = _op.name.rpartition(".")[2]
     if _op.name == f"nn.functional.{_name}" and issubclass(
-        FUNCTIONS.get(_name, object), Elementwise | Softmax
+        RECORDS.get(_name, object), Elementwise | Softmax
     ):
         OPS.setdefault(_name, _op)
 EACH_OPERATION = pytest.mark.parametrize("operation", OPS)
@@ -96,7 +96,7 @@ def samples(operation: str, dtype: torch.dtype) -> list[Call]:
 
     A tensor that the operation has no derivative by gets no gradient.
     """
-    found, record = [], FUNCTIONS[operation]
+    found, record = [], RECORDS[operation]
     names = list(inspect.signature(getattr(theirs, operation)).parameters)
     followed = dtype.is_floating_point or dtype.is_complex
     constants = getattr(record, "constants", ())
@@ -139,21 +139,21 @@ def walkable(x: Tensor) -> bool:
 
 
 def softmax(call: Call) -> bool:
-    return issubclass(FUNCTIONS[call.operation], Softmax)
+    return issubclass(RECORDS[call.operation], Softmax)
 
 
 #: A part of the reason that explain gives, and when it has to be given.
 REASONS: dict[str, Callable[[Call], bool]] = {
     "dtypes=complex": lambda c: any(t.is_complex() for t in c.tensors.values()),
     "operands of different dtypes": lambda c: (
-        issubclass(FUNCTIONS[c.operation], Loss)
-        and FUNCTIONS[c.operation].same_dtypes  # type: ignore[attr-defined]
+        issubclass(RECORDS[c.operation], Loss)
+        and RECORDS[c.operation].same_dtypes  # type: ignore[attr-defined]
         and len({t.dtype for t in c.tensors.values()}) > 1
     ),
     " of dtype torch.": lambda c: any(
-        issubclass(FUNCTIONS[c.operation], Loss)
+        issubclass(RECORDS[c.operation], Loss)
         and not (t.is_floating_point() or t.is_complex())
-        and name not in FUNCTIONS[c.operation].integers  # type: ignore[attr-defined]
+        and name not in RECORDS[c.operation].integers  # type: ignore[attr-defined]
         for name, t in c.tensors.items()
     ),
     "a lazily negated tensor": lambda c: any(t.is_neg() for t in c.tensors.values()),

@@ -175,7 +175,7 @@ def test_an_overridden_part(info: OptimizerInfo, where: str) -> None:
 def test_a_patched_part(info: OptimizerInfo, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch's own function, replaced by who wants to see or change its arguments."""
     parts = torchs_parts(info.name)
-    (name, function), *_ = parts.functions
+    (name, function), *_ = parts.functions.items()
     seen = []
 
     def patched(params: Any, *args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 import fastopt
 import fastopt.nn.functional as ours
 from fastopt import BackendUnavailable
-from fastopt.front.call import FUNCTIONS
+from fastopt.front.call import RECORDS
 
 X, Y, LABELS = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
 OPTIMIZERS = fastopt.optim._operations.OPTIMIZERS
@@ -202,7 +202,7 @@ def test_exception_in_a_loss_kernel_is_not_swallowed(
     from fastopt.kernels import numba
 
     classes = 4
-    x = torch.randn(FUNCTIONS[operation].crossover // classes, classes, requires_grad=True)
+    x = torch.randn(RECORDS[operation].crossover // classes, classes, requires_grad=True)
     y = torch.ones(len(x)).long() if operation == "cross_entropy" else torch.zeros_like(x)
     with insisting(backend):
         losses = getattr(ours, operation)(x, y, reduction="none")

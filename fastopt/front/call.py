@@ -26,7 +26,7 @@ is_compiling, tracing_state = torch.compiler.is_compiling, torch._C._get_tracing
 insisted = dispatch.insisted
 
 #: the operation of each public function, by its name
-FUNCTIONS: dict[str, type[Operation]] = {}
+RECORDS: dict[str, type[Operation]] = {}
 
 P = ParamSpec("P")
 #: torch's numbers for the reductions, as its own functions pass them on
@@ -62,7 +62,7 @@ def loss(
             operation.crossover = usual_crossover(name)
         is_small, surely = quick_test(operation)
         cache = RouteCache()
-        FUNCTIONS[name] = operation
+        RECORDS[name] = operation
 
         def analysed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
             try:

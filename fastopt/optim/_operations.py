@@ -1,13 +1,19 @@
-"""All optimizers that fastopt has."""
+"""All optimizers, found by their files: each file of this folder is one."""
 
 from __future__ import annotations
 
-from .adam import Adam
-from .adamw import AdamW
-from .rmsprop import RMSprop
-from .sgd import SGD
+import importlib
+import pkgutil
+from pathlib import Path
+
+from ._planned import PlannedStep
 
 __all__ = ["OPTIMIZERS"]
 
 #: The public classes, by torch's names.
-OPTIMIZERS: dict[str, type] = {kind.__name__: kind for kind in (SGD, Adam, AdamW, RMSprop)}
+OPTIMIZERS: dict[str, type[PlannedStep]] = {}
+
+for _file in sorted(f.name for f in pkgutil.iter_modules([str(Path(__file__).parent)])):
+    if not _file.startswith("_"):
+        _module = importlib.import_module(f".{_file}", __package__)
+        OPTIMIZERS |= {name: getattr(_module, name) for name in _module.__all__}

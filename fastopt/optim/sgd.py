@@ -21,6 +21,7 @@ class SGDUpdate(Update):
     grad_share: float
     weight_decay: float
     nesterov: float
+    variants = ({"lr": 0.01}, {"lr": 0.01, "momentum": 0.9})
 
     def update(h, param: Any, grad: Any, momentum_buffer: Any) -> Any:
         grad = grad * h.grad_scale

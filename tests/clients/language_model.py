@@ -19,13 +19,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 import fastopt
 from fastopt import dispatch
-from fastopt.front.call import FUNCTIONS
+from fastopt.front.call import RECORDS
 
 MODULES = (argparse, ast, copy, functools, inspect, typing)
 VOCABULARY, IGNORED = 5_000, -100
 #: Even a batch of the shortest excerpts has logits enough for the compiled kernels.
 BATCH, SHORTEST, LONGEST = 4, 24, 48
-assert FUNCTIONS["cross_entropy"].crossover < BATCH * SHORTEST * VOCABULARY
+assert RECORDS["cross_entropy"].crossover < BATCH * SHORTEST * VOCABULARY
 #: Whose state is saved, and who goes on from it.
 RESUMED = pytest.mark.parametrize(
     ("first", "second"),
