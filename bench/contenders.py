@@ -9,10 +9,11 @@ on those is an environment variable, once, at the start.
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -84,11 +85,15 @@ def make(row: LossRow | OptimizerRow, name: str) -> Contender:
     return _optimizer(row, module, name == COMPILED, **how)
 
 
+def _parameters(optimizer: str) -> Iterable[str]:
+    return inspect.signature(getattr(torch.optim, optimizer)).parameters
+
+
 def names(row: LossRow | OptimizerRow, full: bool) -> list[str]:
     """The contenders; compiled ones only if full."""
     found = [FASTOPT, TORCH]
     if isinstance(row, OptimizerRow):
-        found += ["torch foreach"] + ["torch fused"] * (row.operation != "RMSprop")
+        found += ["torch foreach"] + ["torch fused"] * ("fused" in _parameters(row.operation))
     elif row.size >= LARGE and sys.platform == "linux":
         found.append(HUGE_PAGES)
     return found + [COMPILED] * full

@@ -18,6 +18,7 @@ from fastopt.kernels.tables import Tables
 from fastopt.nn.cross_entropy import CrossEntropy
 from fastopt.nn.l1 import L1
 from fastopt.nn.mse import MSE
+from fastopt.optim._operations import OPTIMIZERS
 from fastopt.optim.adam import AdamUpdate
 from fastopt.optim.rmsprop import RMSpropUpdate
 from fastopt.optim.sgd import SGDUpdate
@@ -170,7 +171,13 @@ ADAM = (Step(AdamUpdate, (True, True, False)), Step(AdamUpdate, (True, True, Tru
 RMSPROP = tuple(
     Step(RMSpropUpdate, (True, *rest)) for rest in itertools.product((False, True), repeat=2)
 )
-STEPS = (*SGD, *ADAM, *RMSPROP)
+#: Those of the others with all of their states.
+OTHERS = tuple(
+    Step(record, (True,) * len(record.slots))
+    for record in dict.fromkeys(kind._record for kind in OPTIMIZERS.values())
+    if record not in (SGDUpdate, AdamUpdate, RMSpropUpdate)
+)
+STEPS = (*SGD, *ADAM, *RMSPROP, *OTHERS)
 
 #: For every machine, in float32 and bfloat16.
 USUAL = (

@@ -229,6 +229,21 @@ OPTIMIZERS = [
         {"centered": True, "eps": 1e-2},
         {"centered": True, "momentum": 0.5, "maximize": True, "eps": 1e-2},
     ),
+    *_optimizer(
+        "Adagrad",
+        {},
+        {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.2, "eps": 1e-3},
+        {"weight_decay": 0.2, "maximize": True},
+    ),
+    *_optimizer("Adadelta", {}, {"lr": 0.1, "rho": 0.7, "weight_decay": 0.2, "maximize": True}),
+    *_optimizer("Adamax", {}, {"lr": 0.1, "betas": (0.5, 0.9), "weight_decay": 0.2, "eps": 1e-3}),
+    *_optimizer(
+        "RAdam",
+        {},
+        {"lr": 0.1, "betas": (0.5, 0.7), "eps": 1e-3, "weight_decay": 0.2},
+        {"betas": (0.8, 0.9), "weight_decay": 0.2, "decoupled_weight_decay": True},
+    ),
+    *_optimizer("Rprop", {}, {"lr": 0.1, "etas": (0.3, 1.7), "step_sizes": (0.02, 0.15)}),
 ]
 
 #: Odd sizes, whole SIMD blocks, one that two threads share, and empty ones also at the end.

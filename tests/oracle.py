@@ -138,7 +138,65 @@ def _rmsprop(o: dict[str, Any], s: dict[str, Array], p: Array, g: Array, first: 
     return p - o["lr"] * change
 
 
-_UPDATES = {"SGD": _sgd, "Adam": _adam, "AdamW": _adam, "RMSprop": _rmsprop}
+def _adagrad(o: dict[str, Any], s: dict[str, Array], p: Array, g: Array, first: bool) -> Array:
+    g = g + o["weight_decay"] * p
+    rate = o["lr"] / (1 + s["step"] * o["lr_decay"])
+    s["step"] = s["step"] + 1
+    s["sum"] = s["sum"] + g * g
+    return p - rate * g / (np.sqrt(s["sum"]) + o["eps"])
+
+
+def _adadelta(o: dict[str, Any], s: dict[str, Array], p: Array, g: Array, first: bool) -> Array:
+    g = g + o["weight_decay"] * p
+    s["step"] = s["step"] + 1
+    s["square_avg"] = o["rho"] * s["square_avg"] + (1 - o["rho"]) * g * g
+    d = np.sqrt((s["acc_delta"] + o["eps"]) / (s["square_avg"] + o["eps"])) * g
+    s["acc_delta"] = o["rho"] * s["acc_delta"] + (1 - o["rho"]) * d * d
+    return p - o["lr"] * d
+
+
+def _adamax(o: dict[str, Any], s: dict[str, Array], p: Array, g: Array, first: bool) -> Array:
+    g = g + o["weight_decay"] * p
+    b1, b2 = o["betas"]
+    s["step"] = s["step"] + 1
+    s["exp_avg"] = b1 * s["exp_avg"] + (1 - b1) * g
+    s["exp_inf"] = np.maximum(b2 * s["exp_inf"], np.abs(g) + o["eps"])
+    return p - o["lr"] / (1 - b1 ** s["step"]) * s["exp_avg"] / s["exp_inf"]
+
+
+def _radam(o: dict[str, Any], s: dict[str, Array], p: Array, g: Array, first: bool) -> Array:
+    if o["decoupled_weight_decay"]:
+        p = p * (1 - o["lr"] * o["weight_decay"])
+    else:
+        g = g + o["weight_decay"] * p
+    b1, b2 = o["betas"]
+    t = s["step"] = s["step"] + 1
+    s["exp_avg"] = b1 * s["exp_avg"] + (1 - b1) * g
+    s["exp_avg_sq"] = b2 * s["exp_avg_sq"] + (1 - b2) * g * g
+    longest = 2 / (1 - b2) - 1
+    length = longest - 2 * t * b2**t / (1 - b2**t)
+    change = o["lr"] / (1 - b1**t) * s["exp_avg"]
+    if length > 5:
+        ratio = (length - 4) * (length - 2) / ((longest - 4) * (longest - 2))
+        r = np.sqrt(ratio * longest / length)
+        change = change * r * np.sqrt(1 - b2**t) / (np.sqrt(s["exp_avg_sq"]) + o["eps"])
+    return p - change
+
+
+def _rprop(o: dict[str, Any], s: dict[str, Array], p: Array, g: Array, first: bool) -> Array:
+    turn = np.sign(g) * np.sign(s["prev"])
+    (less, more), (least, most) = o["etas"], o["step_sizes"]
+    s["step"] = s["step"] + 1
+    size = s["step_size"] * np.where(turn > 0, more, np.where(turn < 0, less, 1))
+    s["step_size"] = np.clip(size, least, most)
+    s["prev"] = np.where(turn < 0, 0, g)
+    return p - np.sign(s["prev"]) * s["step_size"]
+
+
+_UPDATES = {
+    "SGD": _sgd, "Adam": _adam, "AdamW": _adam, "RMSprop": _rmsprop, "Adagrad": _adagrad,
+    "Adadelta": _adadelta, "Adamax": _adamax, "RAdam": _radam, "Rprop": _rprop,
+}  # fmt: skip
 
 
 def _long(value: Any) -> Any:

@@ -12,9 +12,10 @@ from cases import DEVICE
 from torch import Tensor
 
 import fastopt
+from fastopt.optim._operations import OPTIMIZERS
 
 COMPILERS = ["aot_eager", "inductor"]
-NAMES = ("SGD", "Adam", "AdamW", "RMSprop")
+NAMES = tuple(OPTIMIZERS)
 
 pytestmark = [
     # torch's own, while it traces or compiles

@@ -25,7 +25,7 @@ from torch.nn import Parameter
 
 import fastopt
 
-NAMES = ("SGD", "Adam", "AdamW", "RMSprop")
+NAMES = tuple(fastopt.optim._operations.OPTIMIZERS)
 
 
 @pytest.mark.parametrize("case", OPTIMIZERS, ids=str)

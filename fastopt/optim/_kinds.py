@@ -93,7 +93,9 @@ _LARGEST = float(np.finfo(np.float64).max)
 def _is_served(optimizer: PlannedStep, group: dict[str, Any], name: str, number: Any) -> bool:
     """Whether the kernels take a hyperparameter, of which torch takes more and refuses others."""
     if isinstance(number, (np.floating, np.integer)):
-        if type(number) is np.float16 and (name == "betas" or group.get("capturable")):
+        if type(number) is np.float16 and (
+            name == "betas" or group.get("capturable") or not optimizer._takes_halves
+        ):
             return False  # torch computes in half precision with it
         number = number.item()
     if isinstance(number, (float, int)):
@@ -102,7 +104,7 @@ def _is_served(optimizer: PlannedStep, group: dict[str, Any], name: str, number:
         return -_LARGEST <= number <= _LARGEST and not isinstance(number, bool)
     if not isinstance(number, Tensor) or not number.is_floating_point():
         return False
-    if group.get("foreach") and not (optimizer._foreach_takes_tensors or group["capturable"]):
+    if group.get("foreach") and not (optimizer._foreach_takes_tensors or group.get("capturable")):
         return False
     return number.dim() == 0 or (name in _TENSORS and number.numel() == 1)
 
@@ -149,9 +151,10 @@ def kind_of(
     if not around:  # a transform's tensors have no address
         special += _layout_specials(param, grad, there)
     active = () if group_special else optimizer._active(group)
-    if state and optimizer._counts_steps:  # torch creates all states or none
+    # Torch creates all states or none, or has created them.
+    if (state or optimizer._made_early) and optimizer._counts_steps:
         names = (*active, "step")
-        special += [f"no state {name!r} beside others" for name in names if name not in state]
+        special += [f"no state {name!r}, which torch has" for name in names if name not in state]
     dtypes: list[torch.dtype | None] = []
     for name in optimizer._slots:
         value, dtype = state.get(name), None

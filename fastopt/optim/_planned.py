@@ -46,6 +46,10 @@ class PlannedStep(Optimizer):
     _counts_steps: ClassVar[bool] = True
     #: hyperparameters that the kernels take from [0, 1) only
     _rates: ClassVar[tuple[str, ...]] = ()
+    #: whether the constructor makes the states, so that torch refuses a parameter without them
+    _made_early: ClassVar[bool] = False
+    #: whether kernels follow what torch does with NumPy's half precision as a hyperparameter
+    _takes_halves: ClassVar[bool] = False
     #: whether torch takes tensors as hyperparameters with foreach=True and without capturable
     _foreach_takes_tensors: ClassVar[bool] = True
 
@@ -89,8 +93,12 @@ class PlannedStep(Optimizer):
             state["step"] = torch.zeros((), dtype=dtype, device=device)
         missing = [name for name in names if state.get(name) is None]
         for name in missing:
-            state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state[name] = self._begin(name, param, group)
         return bool(missing) and not self._counts_steps
+
+    def _begin(self, name: str, param: Tensor, group: Group) -> Tensor:
+        """A state at its beginning."""
+        return torch.zeros_like(param, memory_format=torch.preserve_format)
 
     profile_hook_step = staticmethod(with_hooks)  # type: ignore[assignment]  # what torch wraps a class's `step` in
 
@@ -117,7 +125,7 @@ class PlannedStep(Optimizer):
         if not isinstance(self, PlannedStep):  # held since before `fastopt.convert` made it torch's
             step: Any = type(self).step
             return step.__wrapped__(self, closure)
-        if self._counts_steps:
+        if self._counts_steps and "capturable" in self.defaults:
             _check_capture(self)
         loss = None
         if closure is not None:

@@ -97,6 +97,7 @@ class Adam(PlannedStep, torch.optim.Adam):
 
     _operation = "Adam"
     _record = AdamUpdate
+    _takes_halves = True
     _rates = ("betas",)
     _foreach_takes_tensors = False
 

@@ -33,6 +33,7 @@ class AdamW(PlannedStep, torch.optim.AdamW):
 
     _operation = "AdamW"
     _record = AdamUpdate
+    _takes_halves = True
     _rates = Adam._rates
     _foreach_takes_tensors = False
 

@@ -83,6 +83,7 @@ class RMSprop(PlannedStep, torch.optim.RMSprop):
 
     _operation = "RMSprop"
     _record = RMSpropUpdate
+    _takes_halves = True
     _rates = ("alpha",)
 
     def _active(self, group: dict[str, Any]) -> tuple[str, ...]:

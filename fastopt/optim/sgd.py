@@ -68,6 +68,7 @@ class SGD(PlannedStep, torch.optim.SGD):
 
     _operation = "SGD"
     _record = SGDUpdate
+    _takes_halves = True
     _counts_steps = False
 
     def _active(self, group: dict[str, Any]) -> tuple[str, ...]:
