@@ -7,6 +7,7 @@ sparse or complex. So a new optimizer needs nothing new in the tests that use it
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -99,6 +100,12 @@ def numbers(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(map(numbers, value))
     return value.item() if isinstance(value, Tensor) else value
+
+
+def accepted(name: str, **options: Any) -> dict[str, Any]:
+    """Those of some options that an optimizer has."""
+    known = inspect.signature(getattr(torch.optim, name)).parameters
+    return {key: value for key, value in options.items() if key in known}
 
 
 class Race:

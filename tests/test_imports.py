@@ -247,8 +247,8 @@ def test_pickles_name_torchs_modules() -> None:
     for value in (
         fastopt.nn.Linear, fastopt.nn.Linear(2, 3), fastopt.nn.init.zeros_, PackedSequence,
         pack_sequence([torch.ones(2)]), fastopt.nn.functional.relu, fastopt.nn.functional.conv1d,
-        fastopt.optim.Adagrad, fastopt.optim.lr_scheduler.StepLR,
-        fastopt.optim.Adagrad([torch.zeros(2)]), fastopt.optim.swa_utils.SWALR,
+        fastopt.optim.LBFGS, fastopt.optim.lr_scheduler.StepLR,
+        fastopt.optim.LBFGS([torch.zeros(2)]), fastopt.optim.swa_utils.SWALR,
     ):  # fmt: skip
         data = pickle.dumps(value)
         assert b"fastopt" not in data, value

@@ -51,13 +51,14 @@ def test_inputs(info: OptimizerInfo, flag: str | None, dtype: torch.dtype) -> No
     for options in every[:: len(every) - 1] if INTERPRETED and flag else every:
         given = {**options, **({flag: True} if flag else {})}
         race = Race(info.name, parameters(dtype), given)
+        made = layout(race.ours)  # Adagrad's constructor makes states
         like = replica(race.params[0])
         theirs = getattr(torch.optim, info.name)(like, **copy.deepcopy(given))
         give_grads(*race.params, like, missing=(1, 4))
         if reason:
             with fastopt.use_backend(BACKEND), pytest.raises(BackendUnavailable, match=reason):
                 race.ours.step()
-            assert not race.ours.state
+            assert layout(race.ours) == made
         expected = outcome(theirs.step)
         with nullcontext() if reason else fastopt.use_backend(BACKEND):
             assert outcome(race.ours.step) == expected
@@ -67,10 +68,13 @@ def test_inputs(info: OptimizerInfo, flag: str | None, dtype: torch.dtype) -> No
             continue
         for optimizer in race.optimizers[1:]:
             optimizer.step()
-        assert race.params[0][4] not in race.ours.state
+        assert (race.params[0][4] in race.ours.state) == (like[4] in theirs.state)
         for missing in ((), (0, 6), (3,)):
             race.step(missing, insist=not reason)
-        race.check()
+        if dtype in COMPLEX and flag:  # both torch's own code, whose ways round differently
+            torch.testing.assert_close(race.params[0], race.params[1])
+        else:
+            race.check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
@@ -274,6 +278,8 @@ def test_hyperparameters_in_tensors(
     """Those that torch takes as tensors; the learning rate changes in place."""
     options = dict(options_of(info)[place])
     for key, value in getattr(torch.optim, info.name)([torch.zeros(1)], **options).defaults.items():
+        if key != "lr" and not getattr(fastopt.optim, info.name)._takes_tensors:
+            continue
         if isinstance(value, tuple):  # in double precision, or else torch's powers are inexact
             options[key] = tuple(torch.full(shape, v, dtype=torch.float64) for v in value)
         elif isinstance(value, (float, Tensor)):  # torch takes one axis or more for lr only
@@ -303,8 +309,8 @@ def test_a_parameter_as_learning_rate(info: OptimizerInfo) -> None:
     ]
     for _ in range(3):
         give_grads(*both)
-        for optimizer in optimizers:
-            optimizer.step()
+        ours, theirs = [outcome(optimizer.step) for optimizer in optimizers]
+        assert ours == theirs
     torch.testing.assert_close(both[0], both[1])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -16,6 +17,7 @@ from race import (
     FLAGGED_IDS,
     INFOS,
     Race,
+    accepted,
     every_input,
     flags_of,
     options_of,
@@ -26,6 +28,7 @@ from race import (
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.testing._internal.common_optimizers import OptimizerInfo
 
 import fastopt
@@ -47,6 +50,9 @@ def test_sparse_gradients(
     info: OptimizerInfo, flag: str | None, place: int, request: pytest.FixtureRequest
 ) -> None:
     """Beside dense ones, in turn with dense ones: torch's numbers or errors."""
+    with warnings.catch_warnings():  # torch warns once of what Adagrad makes, whoever comes first
+        warnings.simplefilter("ignore")
+        torch.sparse_coo_tensor(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1), (2,))
     options = {**options_of(info)[place], **({flag: True} if flag else {})}
     params = parameters(torch.float32, shapes=[(4, 3), (6,), (5, 2)])
     both = [params, replica(params)]
@@ -86,7 +92,7 @@ def test_sparse_like_dense(info: OptimizerInfo) -> None:
         with fastopt.use_backend(BACKEND):
             optimizers[1].step()
         for scheduler in (s for several in attached for s in several):
-            scheduler.step()
+            scheduler.step(*([1.0] if isinstance(scheduler, ReduceLROnPlateau) else []))
     torch.testing.assert_close(both[0], both[1])
 
 
@@ -146,7 +152,9 @@ def test_groups_with_settings_of_their_own(info: OptimizerInfo) -> None:
         if flag in ("foreach", "fused") and not isinstance(group["lr"], Tensor):
             group[flag] = True
     race.step(missing=(1,))
-    late = parameters(torch.float32, shapes=[(5,), ()])
+    # For Adagrad they come too late: its constructor makes the states.
+    shapes = [] if race.ours._made_early else [(5,), ()]
+    late = parameters(torch.float32, shapes=shapes)
     for copies, optimizer, more in zip(
         race.params, race.optimizers, (late, replica(late), replica(late, wide=True)), strict=True
     ):
@@ -168,10 +176,11 @@ def test_without_gradients(info: OptimizerInfo, place: int) -> None:
     params[0].requires_grad_(False)
     start = replica(params)
     optimizer = getattr(fastopt.optim, info.name)(params, **options_of(info)[place])
+    made = len(optimizer.state)
     with fastopt.use_backend(BACKEND):
         assert optimizer.step() is None
     assert all(map(torch.equal, params, start))
-    assert not optimizer.state
+    assert len(optimizer.state) == made
     assert all(p._version == 0 for p in params)
 
 
@@ -180,7 +189,7 @@ def test_zero_gradients(info: OptimizerInfo) -> None:
     """And no weight decay: no change."""
     params = parameters(*FLOATS)
     start = replica(params)
-    optimizer = getattr(fastopt.optim, info.name)(params, weight_decay=0)
+    optimizer = getattr(fastopt.optim, info.name)(params, **accepted(info.name, weight_decay=0))
     for _ in range(3):
         for p in params:
             p.grad = torch.zeros_like(p)

@@ -175,7 +175,9 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
         o, 0.01, 0.1, 2, cycle_momentum=bool({"betas", "momentum"} & o.defaults.keys())
     ),
     "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=6),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(
+        o, 0.1, total_steps=6, cycle_momentum=bool({"betas", "momentum"} & o.defaults.keys())
+    ),
     "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 4, 2.0),
     "SWALR": lambda o: swa_utils.SWALR(o, 0.05, 3),
 }

@@ -324,9 +324,9 @@ def test_differentiable_goes_to_torch() -> None:
 )
 def test_bad_hyperparameters(name: str, options: dict[str, Any]) -> None:
     params = parameters(shapes=[(3,)])
-    with pytest.raises(ValueError, match=r".") as expected:
+    with pytest.raises((ValueError, TypeError), match=r".") as expected:
         getattr(torch.optim, name)(params, **options)
-    with pytest.raises(ValueError, match=r".") as raised:
+    with pytest.raises(expected.type, match=r".") as raised:
         getattr(fastopt.optim, name)(params, **options)
     assert str(raised.value) == str(expected.value)
 
@@ -336,7 +336,7 @@ def test_no_parameters_with_gradients() -> None:
     for name in NAMES:
         optimizer = getattr(fastopt.optim, name)(params)
         assert optimizer.step() is None
-        assert not optimizer.state
+        assert optimizer.state.keys() == getattr(torch.optim, name)(params).state.keys()
 
 
 def test_old_checkpoint_with_a_number_as_step() -> None:

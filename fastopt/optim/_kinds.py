@@ -83,6 +83,8 @@ def group_specials(optimizer: PlannedStep, group: dict[str, Any]) -> tuple[str, 
         if not served:
             among = " in [0, 1)" if name in optimizer._rates else ""
             special.append(f"{name}={value!r} where kernels take finite numbers{among}")
+    if not special and (refused := optimizer._refuse(group)):
+        special.append(refused)
     return tuple(special)
 
 
@@ -103,6 +105,8 @@ def _is_served(optimizer: PlannedStep, group: dict[str, Any], name: str, number:
             return 0 <= number < 1 and not isinstance(number, bool)
         return -_LARGEST <= number <= _LARGEST and not isinstance(number, bool)
     if not isinstance(number, Tensor) or not number.is_floating_point():
+        return False
+    if name != "lr" and not optimizer._takes_tensors:
         return False
     if group.get("foreach") and not (optimizer._foreach_takes_tensors or group.get("capturable")):
         return False

@@ -50,6 +50,8 @@ class PlannedStep(Optimizer):
     _made_early: ClassVar[bool] = False
     #: whether kernels follow what torch does with NumPy's half precision as a hyperparameter
     _takes_halves: ClassVar[bool] = False
+    #: whether torch takes tensors as any hyperparameter, not as lr alone
+    _takes_tensors: ClassVar[bool] = True
     #: whether torch takes tensors as hyperparameters with foreach=True and without capturable
     _foreach_takes_tensors: ClassVar[bool] = True
 
@@ -95,6 +97,10 @@ class PlannedStep(Optimizer):
         for name in missing:
             state[name] = self._begin(name, param, group)
         return bool(missing) and not self._counts_steps
+
+    def _refuse(self, group: Group) -> str | None:
+        """Which of a group's numbers only torch's code takes."""
+        return None
 
     def _begin(self, name: str, param: Tensor, group: Group) -> Tensor:
         """A state at its beginning."""

@@ -69,7 +69,7 @@ class Adadelta(PlannedStep, torch.optim.Adadelta):
 
     _operation = "Adadelta"
     _record = AdadeltaUpdate
-    _foreach_takes_tensors = False
+    _takes_tensors = _foreach_takes_tensors = False
 
     def _active(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self._slots

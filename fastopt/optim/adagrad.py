@@ -23,7 +23,7 @@ class AdagradUpdate(Update):
     def at_step(h, step: Any) -> Any:
         return (h.lr / (1.0 + (step - 1.0) * h.lr_decay),)
 
-    def update(h, param: Any, grad: Any, sum: Any) -> Any:
+    def update(h: Any, param: Any, grad: Any, sum: Any) -> Any:
         grad = grad * h.grad_scale
         grad = m.where(h.weight_decay != 0.0, grad + h.weight_decay * param, grad)
         sum = sum + grad * grad
@@ -68,7 +68,7 @@ class Adagrad(PlannedStep, torch.optim.Adagrad):
 
     _operation = "Adagrad"
     _record = AdagradUpdate
-    _foreach_takes_tensors = False
+    _takes_tensors = False
     _made_early = True
 
     def _active(self, group: dict[str, Any]) -> tuple[str, ...]:

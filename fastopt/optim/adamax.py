@@ -24,7 +24,7 @@ class AdamaxUpdate(Update):
     def at_step(h, step: Any) -> Any:
         return h.lr / (1.0 - m.power(h.beta1, step)), 1.0 - h.beta1
 
-    def update(h, param: Any, grad: Any, exp_avg: Any, exp_inf: Any) -> Any:
+    def update(h: Any, param: Any, grad: Any, exp_avg: Any, exp_inf: Any) -> Any:
         grad = grad * h.grad_scale
         grad = m.where(h.weight_decay != 0.0, grad + h.weight_decay * param, grad)
         exp_avg = h.beta1 * exp_avg + h.beta1_rest * grad
@@ -70,7 +70,7 @@ class Adamax(PlannedStep, torch.optim.Adamax):
 
     _operation = "Adamax"
     _record = AdamaxUpdate
-    _foreach_takes_tensors = False
+    _takes_tensors = _foreach_takes_tensors = False
     _rates = ("betas",)
 
     def _active(self, group: dict[str, Any]) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ class RAdamUpdate(Update):
             m.where(h.decoupled != 0.0, 1.0 - h.lr * h.weight_decay, 1.0),
         )
 
-    def update(h, param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any) -> Any:
+    def update(h: Any, param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any) -> Any:
         grad = grad * h.grad_scale
         param = param * h.kept
         grad = m.where(h.decay != 0.0, grad + h.decay * param, grad)
@@ -96,7 +96,7 @@ class RAdam(PlannedStep, torch.optim.RAdam):
 
     _operation = "RAdam"
     _record = RAdamUpdate
-    _foreach_takes_tensors = False
+    _takes_tensors = _foreach_takes_tensors = False
     _rates = ("betas",)
 
     def _active(self, group: dict[str, Any]) -> tuple[str, ...]:

@@ -71,7 +71,7 @@ class Rprop(PlannedStep, torch.optim.Rprop):
 
     _operation = "Rprop"
     _record = RpropUpdate
-    _foreach_takes_tensors = False
+    _takes_tensors = _foreach_takes_tensors = False
 
     def _active(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self._slots
@@ -85,6 +85,10 @@ class Rprop(PlannedStep, torch.optim.Rprop):
             least=least,
             most=most,
         )
+
+    def _refuse(self, group: dict[str, Any]) -> str | None:
+        less, more = group["etas"]
+        return None if 0 < less < 1 < more else f"etas={(less, more)} out of order"
 
     def _begin(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
         if name == "prev":
