@@ -27,7 +27,7 @@ class AdagradUpdate(Update):
         grad = grad * h.grad_scale
         grad = m.where(h.weight_decay != 0.0, grad + h.weight_decay * param, grad)
         sum = sum + grad * grad
-        return param - h.step_size * m.divide(grad, m.sqrt(sum) + h.eps), sum
+        return param - m.divide(h.step_size * grad, m.sqrt(sum) + h.eps), sum
 
 
 class Adagrad(PlannedStep, torch.optim.Adagrad):
