@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from cases import BACKEND, INTERPRETED
-from race import EACH, Race, give_grads, options_of, parameters
+from race import EACH, Race, give_grads, options_of, outcome, parameters
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
@@ -579,14 +579,17 @@ def test_numpy_numbers(info: OptimizerInfo, kind: Any) -> None:
                 optimizer.param_groups[0]["lr"] = kind(1) if k == 3 else options["lr"]
                 optimizer.step()
             torch.testing.assert_close(params[0], twins[0], rtol=1e-5, atol=1e-5)
-        assert {d.backend for d in fastopt.explain(ours)} == {BACKEND}
+        served = ours._takes_halves or kind is not np.float16
+        assert {d.backend for d in fastopt.explain(ours)} == {BACKEND if served else "reference"}
 
 
 @EACH
 def test_an_array_as_the_rate_is_torchs(info: OptimizerInfo) -> None:
     params, twins = ([Parameter(torch.linspace(-1, 1, 5))] for _ in range(2))
+    outcomes = []
     for module, ps in ((fastopt.optim, params), (torch.optim, twins)):
         optimizer = getattr(module, info.name)(ps, lr=np.array(0.25))
         ps[0].grad = torch.ones(5)
-        optimizer.step()
+        outcomes.append(outcome(optimizer.step))  # some can't take one, others warn
+    assert outcomes[0] == outcomes[1]
     assert torch.equal(params[0], twins[0])

@@ -16,8 +16,8 @@ __all__ = ["RAdam"]
 class RAdamUpdate(Update):
     """decoupled is 1 if the weight decay is, else 0.
 
-    rectified is √r · √(1 - beta2**t), with the r of the class below, where the average is long
-    enough for a variance, else 0. decay is the coupled weight decay, kept the factor on the
+    root is √(1 - beta2**t); rectified is √r, with the r of the class below, where the average is
+    long enough for a variance, else 0. decay is the coupled weight decay, kept the factor on the
     parameter of the decoupled one.
     """
 
@@ -27,7 +27,7 @@ class RAdamUpdate(Update):
     eps: float
     weight_decay: float
     decoupled: float
-    derived = ("step_size", "beta1_rest", "beta2_rest", "rectified", "decay", "kept")
+    derived = ("step_size", "beta1_rest", "beta2_rest", "root", "rectified", "decay", "kept")
 
     def at_step(h, step: Any) -> Any:
         power = m.power(h.beta2, step)
@@ -38,7 +38,8 @@ class RAdamUpdate(Update):
             h.lr / (1.0 - m.power(h.beta1, step)),
             1.0 - h.beta1,
             1.0 - h.beta2,
-            m.where(length > 5.0, m.sqrt(m.absolute(r) * (1.0 - power)), 0.0),
+            m.sqrt(1.0 - power),
+            m.where(length > 5.0, m.sqrt(m.absolute(r)), 0.0),
             m.where(h.decoupled != 0.0, 0.0, h.weight_decay),
             m.where(h.decoupled != 0.0, 1.0 - h.lr * h.weight_decay, 1.0),
         )
@@ -47,10 +48,14 @@ class RAdamUpdate(Update):
         grad = grad * h.grad_scale
         param = param * h.kept
         grad = m.where(h.decay != 0.0, grad + h.decay * param, grad)
-        exp_avg = h.beta1 * exp_avg + h.beta1_rest * grad
+        # Torch's lerp, whose two forms differ where the gradient is infinite.
+        from_old = exp_avg + h.beta1_rest * (grad - exp_avg)
+        from_new = grad - h.beta1 * (grad - exp_avg)
+        exp_avg = m.where(h.beta1_rest < 0.5, from_old, from_new)
         exp_avg_sq = h.beta2 * exp_avg_sq + h.beta2_rest * grad * grad
         change = h.step_size * exp_avg
-        adaptive = m.divide(change * h.rectified, m.sqrt(exp_avg_sq) + h.eps)
+        # Factor by factor as torch has them: where one is infinite and one 0, so is the product.
+        adaptive = change * m.divide(h.root, m.sqrt(exp_avg_sq) + h.eps) * h.rectified
         return param - m.where(h.rectified != 0.0, adaptive, change), exp_avg, exp_avg_sq
 
 
