@@ -116,7 +116,10 @@ def memory_comes_and_goes(file: str, at_end: bool, seed: int) -> None:
         values = [torch.randn(n) for n in (1, 70, 5, 33, 0)] + [torch.randn(6, 6)]
         twins = Twins(guards, values, case)
         done: list[str] = []
-        for change in (None, *random.choices(CHANGES, k=2 if INTERPRETED else 6)):
+        # Adagrad's constructor makes the states, and torch raises where there are none.
+        early = getattr(fastopt.optim, case.operation)._made_early
+        changes = [c for c in CHANGES if not (early and c in (forget_states, replace_parameters))]
+        for change in (None, *random.choices(changes, k=2 if INTERPRETED else 6)):
             if change is not None:
                 done.append(change.__name__)
                 change(twins)

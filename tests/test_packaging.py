@@ -159,7 +159,7 @@ def test_public_names(module: ModuleType) -> None:
 
 def test_operations_are_the_public_names() -> None:
     """What dispatch calls an operation is what users call it."""
-    assert fastopt.front.call.FUNCTIONS.keys() == NAMES[fastopt.nn.functional]
+    assert fastopt.front.call.RECORDS.keys() == NAMES[fastopt.nn.functional]
     for name in NAMES[fastopt.optim]:
         assert getattr(fastopt.optim, name)._operation == name
 

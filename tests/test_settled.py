@@ -138,7 +138,7 @@ def test_calls_in_any_order(name: str, quick: bool, monkeypatch: pytest.MonkeyPa
         for variable, value in (("is_small", lambda input: False), ("surely", 0)):
             cell = function.__closure__[function.__code__.co_freevars.index(variable)]
             monkeypatch.setattr(cell, "cell_contents", value)
-        operation = fastopt.front.call.FUNCTIONS[name]
+        operation = fastopt.front.call.RECORDS[name]
         monkeypatch.setattr(operation, "crossover", 0)
         monkeypatch.setattr(operation, "row_crossover", {})
         RouteCache.forget()

@@ -146,6 +146,9 @@ def test_signature(name: str) -> None:
 @pytest.mark.parametrize("where", ["parameter", "state"])
 def test_inference_tensors(name: str, where: str) -> None:
     """They may be changed in inference mode only, and are left as they are elsewhere."""
+    early = getattr(fastopt.optim, name)._made_early
+    if early and where == "state":
+        pytest.skip("its states are made by the constructor")
     options = {"momentum": 0.9} if name == "SGD" else {}
     outcomes = []
     for module in (fastopt.optim, torch.optim):
@@ -157,7 +160,8 @@ def test_inference_tensors(name: str, where: str) -> None:
             optimizer.step()
         before = param.detach().clone()
         error = error_of(optimizer.step)
-        assert where == "state" or torch.equal(param.detach(), before)
+        # Torch's own with such states writes before it says so.
+        assert where == "state" or early or torch.equal(param.detach(), before)
         outcomes.append((error, before))
     (error, value), (expected, torchs) = outcomes
     assert error == expected
