@@ -6,6 +6,7 @@ Numba, for Triton and for torch's tensors.
 """
 
 from __future__ import annotations
+import __future__
 
 import ast
 import inspect
@@ -71,7 +72,9 @@ def without(function: Any, absent: tuple[str, ...]) -> FunctionType:
     name = f"<{function.__module__}.{function.__qualname__} without {', '.join(absent)}>"
     linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
     made: dict[str, Any] = {}
-    exec(compile(source, name, "exec", dont_inherit=True), {"Any": Any}, made)
+    # Annotations stay words, whatever names they have.
+    flags = __future__.annotations.compiler_flag
+    exec(compile(source, name, "exec", flags, dont_inherit=True), {}, made)
     (new,) = made.values()
     result = FunctionType(new.__code__, function.__globals__, function.__name__)
     result.__module__, result.__qualname__ = function.__module__, function.__qualname__

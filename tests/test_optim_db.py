@@ -71,7 +71,8 @@ def test_inputs(info: OptimizerInfo, flag: str | None, dtype: torch.dtype) -> No
         assert (race.params[0][4] in race.ours.state) == (like[4] in theirs.state)
         for missing in ((), (0, 6), (3,)):
             race.step(missing, insist=not reason)
-        if dtype in COMPLEX and flag:  # both torch's own code, whose ways round differently
+        if (info.name, flag) == ("Adadelta", "foreach") and dtype in COMPLEX:
+            # Both torch's own code, whose ways round differently.
             torch.testing.assert_close(race.params[0], race.params[1])
         else:
             race.check()

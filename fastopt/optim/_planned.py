@@ -62,12 +62,17 @@ class PlannedStep(Optimizer):
             torchs_parts(cls._operation)  # now, before anyone can have replaced some
 
     def _active(self, group: Group) -> tuple[str, ...]:
-        """The slots that this group's configuration uses."""
-        raise NotImplementedError
+        """The slots that this group's configuration uses: all, where a subclass says nothing."""
+        return self._slots
 
     def _hyper(self, group: Group, begins: bool) -> Update:
-        """A group's hyperparameters as a record; begins: at the first step of a state."""
-        raise NotImplementedError
+        """A group's hyperparameters as a record; begins: at the first step of a state.
+
+        Where a subclass says nothing they are the options that have the names of its fields.
+        """
+        sign, *names = self._record.numbers
+        scale = -1.0 if group["maximize"] else 1.0
+        return self._record(**{sign: scale, **{name: group[name] for name in names}})
 
     def _rounds(self, group: Group) -> bool:
         """Whether torch computes a step's numbers with NumPy's half precision."""
@@ -106,7 +111,8 @@ class PlannedStep(Optimizer):
         """A state at its beginning."""
         return torch.zeros_like(param, memory_format=torch.preserve_format)
 
-    profile_hook_step = staticmethod(with_hooks)  # type: ignore[assignment]  # what torch wraps a class's `step` in
+    # What torch wraps a class's `step` in.
+    profile_hook_step = staticmethod(with_hooks)  # type: ignore[assignment]
 
     @overload
     def step(self, closure: None = None) -> None: ...

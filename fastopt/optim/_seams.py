@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -34,8 +33,8 @@ class Parts(NamedTuple):
         module: the names of that module.
     """
 
-    methods: dict[str, Any]
-    functions: dict[str, Any]
+    methods: tuple[tuple[str, Any], ...]
+    functions: tuple[tuple[str, Any], ...]
     module: dict[str, Any]
 
 
@@ -52,7 +51,7 @@ def torchs_parts(operation: str) -> Parts:
             names += _names(method)
     module = inspect.unwrap(twin.step).__globals__
     functions = {n: module[n] for n in _names(twin.step) if inspect.isfunction(module.get(n))}
-    return Parts(methods, functions, module)
+    return Parts(tuple(methods.items()), tuple(functions.items()), module)
 
 
 def _names(function: Callable[..., Any]) -> tuple[str, ...]:
@@ -71,30 +70,15 @@ def circumstances(optimizer: Any) -> tuple[str, ...]:
         reasons.append("forward-mode differentiation")
     if _dispatch_modes() or _tracing_state() is not None:
         reasons.append("tracing")
-    operation = optimizer._operation
-    methods, functions, module = torchs_parts(operation)
-    own = vars(optimizer)
-    reasons += [f"a {name} of its own" for name in own.keys() & methods.keys()]
-    here = tuple(map(getattr, repeat(type(optimizer)), methods))
-    reasons += [f"a {name} of its own" for name in _overridden(operation, here)]
-    if list(map(module.get, functions)) != list(functions.values()):
-        reasons += [
-            f"another {name} in {module['__name__']} than torch's"
-            for name, function in functions.items()
-            if module.get(name) is not function
-        ]
+    kind, parts, own = type(optimizer), torchs_parts(optimizer._operation), vars(optimizer)
+    for name, method in parts.methods:
+        found = getattr(kind, name, None)
+        if name in own or (found is not method and _without_dynamo(found) is not method):
+            reasons.append(f"a {name} of its own")
+    for name, function in parts.functions:
+        if parts.module.get(name) is not function:
+            reasons.append(f"another {name} in {parts.module['__name__']} than torch's")
     return tuple(reasons)
-
-
-@functools.lru_cache(maxsize=64)
-def _overridden(operation: str, here: tuple[Any, ...]) -> tuple[str, ...]:
-    """The names of those methods of a class that are not torch's."""
-    theirs = torchs_parts(operation).methods.items()
-    return tuple(
-        name
-        for (name, method), found in zip(theirs, here, strict=True)
-        if found is not method and _without_dynamo(found) is not method
-    )
 
 
 def _without_dynamo(function: Any) -> Any:

@@ -71,9 +71,6 @@ class Adadelta(PlannedStep, torch.optim.Adadelta):
     _record = AdadeltaUpdate
     _takes_tensors = _foreach_takes_tensors = False
 
-    def _active(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return self._slots
-
     def _hyper(self, group: dict[str, Any], begins: bool) -> AdadeltaUpdate:
         return AdadeltaUpdate(
             grad_scale=-1.0 if group["maximize"] else 1.0,

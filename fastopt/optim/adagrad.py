@@ -70,15 +70,3 @@ class Adagrad(PlannedStep, torch.optim.Adagrad):
     _record = AdagradUpdate
     _takes_tensors = False
     _made_early = True
-
-    def _active(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return self._slots
-
-    def _hyper(self, group: dict[str, Any], begins: bool) -> AdagradUpdate:
-        return AdagradUpdate(
-            grad_scale=-1.0 if group["maximize"] else 1.0,
-            lr=group["lr"],
-            lr_decay=group["lr_decay"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-        )

@@ -73,9 +73,6 @@ class Adamax(PlannedStep, torch.optim.Adamax):
     _takes_tensors = _foreach_takes_tensors = False
     _rates = ("betas",)
 
-    def _active(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return self._slots
-
     def _hyper(self, group: dict[str, Any], begins: bool) -> AdamaxUpdate:
         beta1, beta2 = group["betas"]
         return AdamaxUpdate(

@@ -104,9 +104,6 @@ class RAdam(PlannedStep, torch.optim.RAdam):
     _takes_tensors = _foreach_takes_tensors = False
     _rates = ("betas",)
 
-    def _active(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return self._slots
-
     def _hyper(self, group: dict[str, Any], begins: bool) -> RAdamUpdate:
         beta1, beta2 = group["betas"]
         return RAdamUpdate(

@@ -73,9 +73,6 @@ class Rprop(PlannedStep, torch.optim.Rprop):
     _record = RpropUpdate
     _takes_tensors = _foreach_takes_tensors = False
 
-    def _active(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return self._slots
-
     def _hyper(self, group: dict[str, Any], begins: bool) -> RpropUpdate:
         (less, more), (least, most) = group["etas"], group["step_sizes"]
         return RpropUpdate(
