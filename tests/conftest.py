@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 import torch
 from cases import DEVICE, INTERPRETED
+from hypothesis.internal.conjecture import providers
 
 from fastopt import dispatch
 
@@ -32,6 +33,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", str(store))
 
 
+# Hypothesis draws now and then a constant from the modules that are loaded: another choice of
+# tests would have other data, and so would a change in any file. Its own constants are enough.
+providers._get_local_constants = lambda: providers._local_constants
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True, derandomize=True)
 hypothesis.settings.register_profile("fuzz", deadline=None, print_blob=True, max_examples=5000)
 hypothesis.settings.register_profile(

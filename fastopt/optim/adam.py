@@ -53,7 +53,7 @@ class AdamUpdate(Update):
         if max_exp_avg_sq is not None:
             max_exp_avg_sq = m.maximum(max_exp_avg_sq, exp_avg_sq)
             second = max_exp_avg_sq
-        change = h.step_size * m.divide(exp_avg, m.sqrt(second) * h.root + h.eps)
+        change = m.divide(h.step_size * exp_avg, m.sqrt(second) * h.root + h.eps)
         return param - change, exp_avg, exp_avg_sq, max_exp_avg_sq
 
 

@@ -29,7 +29,7 @@ class AdamaxUpdate(Update):
         grad = m.where(h.weight_decay != 0.0, grad + h.weight_decay * param, grad)
         exp_avg = h.beta1 * exp_avg + h.beta1_rest * grad
         exp_inf = m.maximum(h.beta2 * exp_inf, m.absolute(grad) + h.eps)
-        return param - h.step_size * m.divide(exp_avg, exp_inf), exp_avg, exp_inf
+        return param - m.divide(h.step_size * exp_avg, exp_inf), exp_avg, exp_inf
 
 
 class Adamax(PlannedStep, torch.optim.Adamax):

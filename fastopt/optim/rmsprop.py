@@ -34,11 +34,13 @@ class RMSpropUpdate(Update):
             grad_avg = h.alpha * grad_avg + h.alpha_rest * grad
             average = square_avg - grad_avg * grad_avg
             average = m.where(average < 0.0, 0.0, average)  # a variance is not, but for rounding
-        change = m.divide(grad, m.sqrt(average) + h.eps)
-        if momentum_buffer is not None:
-            momentum_buffer = h.momentum * momentum_buffer + change
-            change = momentum_buffer
-        return param - h.lr * change, square_avg, momentum_buffer, grad_avg
+        root = m.sqrt(average) + h.eps
+        if momentum_buffer is None:
+            change = m.divide(h.lr * grad, root)
+        else:
+            momentum_buffer = h.momentum * momentum_buffer + m.divide(grad, root)
+            change = h.lr * momentum_buffer
+        return param - change, square_avg, momentum_buffer, grad_avg
 
 
 class RMSprop(PlannedStep, torch.optim.RMSprop):
