@@ -234,18 +234,22 @@ class Update(Operation):
 
     - `update(h, param, grad, *states)`: the new parameter and states. A state that this optimizer
       doesn't have with its options is None;
-    - `at_step(h, step)`: what depends on the step but not on the element, a tuple; once a tensor,
-      in float64.
+    - `next_numbers(h, step, *scalars)`: what the states that are one number become in a step, a
+      tuple. They are given in their dtypes, of 16 bits in float32, as is the step's number;
+    - `at_step(h, step, *old, *new)`: what depends on the step but not on the element, a tuple; once
+      a tensor, in float64. old and new are the states that are one number.
 
     Attributes:
         slots: the names of the states.
+        scalars: the names of the states that are one number, beside the step.
         derived: the names by which `update` finds in `h` what `at_step` gives.
         grad_scale: multiplies each gradient first: -1 to maximise, 1/scale under a GradScaler.
     """
 
     _abstract = True
-    formulas = ("at_step", "update")
+    formulas = ("next_numbers", "at_step", "update")
     slots: ClassVar[tuple[str, ...]]
+    scalars: ClassVar[tuple[str, ...]] = ()
     derived: ClassVar[tuple[str, ...]] = ()
     grad_scale: float
 
@@ -258,7 +262,16 @@ class Update(Operation):
         """The hyperparameters as they were given, which may be tensors."""
         return tuple([getattr(self, name) for name in self.numbers])
 
-    def at_step(self, step: Any) -> Any:
+    def next_numbers(self, step: Any, *scalars: Any) -> Any:
+        return ()
+
+    def next_numbers(self, step: Any, *scalars: Any) -> Any:
+        return ()
+
+    def next_numbers(self, step: Any, *scalars: Any) -> Any:
+        return ()
+
+    def at_step(self, step: Any, *scalars: Any) -> Any:
         return ()
 
     def update(self, param: Any, grad: Any, *states: Any) -> Any:

@@ -122,12 +122,16 @@ class Step(NamedTuple):
             [],
             np.zeros(tensors, np.int64),
             np.arange(tensors + 1) * 5000,
-            np.zeros((len(self.states) + 3, tensors), np.int64),
+            np.zeros((len(self.states) + len(self.record.scalars) + 3, tensors), np.int64),
             self.counted,
         )
         tables.addresses[-1] = COUNTER.data_ptr()
+        first = len(self.states) + 1
+        tables.addresses[first : first + len(self.record.scalars)] = COUNTER.data_ptr()
         step = None if self.record is SGDUpdate else torch.float32
-        return tables, backend.step_launcher(self.record, self.slots(dtype), dtype, step)(tables)
+        scalars = (torch.float32,) * len(self.record.scalars)
+        slots = self.slots(dtype)
+        return tables, backend.step_launcher(self.record, slots, scalars, dtype, step)(tables)
 
     def run(self, dtype: torch.dtype) -> None:
         _, update = self.bind(dtype)

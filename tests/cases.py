@@ -243,6 +243,17 @@ OPTIMIZERS = [
         {"lr": 0.1, "betas": (0.5, 0.7), "eps": 1e-3, "weight_decay": 0.2},
         {"betas": (0.8, 0.9), "weight_decay": 0.2, "decoupled_weight_decay": True},
     ),
+    *_optimizer(
+        "NAdam",
+        {},
+        {"lr": 0.1, "betas": (0.5, 0.7), "eps": 1e-3, "weight_decay": 0.2, "maximize": True},
+        {"momentum_decay": 0.2, "weight_decay": 0.2, "decoupled_weight_decay": True},
+    ),
+    *_optimizer(
+        "ASGD",
+        {"lr": 0.1},
+        {"lr": 0.1, "lambd": 0.1, "alpha": 0.5, "t0": 1, "weight_decay": 0.2, "maximize": True},
+    ),
     *_optimizer("Rprop", {}, {"lr": 0.1, "etas": (0.3, 1.7), "step_sizes": (0.02, 0.15)}),
 ]
 

@@ -183,6 +183,32 @@ def _radam(o: dict[str, Any], s: dict[str, Array], p: Array, g: Array, first: bo
     return p - change
 
 
+def _nadam(o: dict[str, Any], s: dict[str, Array], p: Array, g: Array, first: bool) -> Array:
+    if o["decoupled_weight_decay"]:
+        p = p * (1 - o["lr"] * o["weight_decay"])
+    else:
+        g = g + o["weight_decay"] * p
+    b1, b2 = o["betas"]
+    t = s["step"] = s["step"] + 1
+    mu, following = (b1 * (1 - 0.96 ** (k * o["momentum_decay"]) / 2) for k in (t, t + 1))
+    product = s["mu_product"] = s["mu_product"] * mu
+    s["exp_avg"] = b1 * s["exp_avg"] + (1 - b1) * g
+    s["exp_avg_sq"] = b2 * s["exp_avg_sq"] + (1 - b2) * g * g
+    root = np.sqrt(s["exp_avg_sq"] / (1 - b2**t)) + o["eps"]
+    p = p - o["lr"] * (1 - mu) / (1 - product) * g / root
+    return p - o["lr"] * following / (1 - product * following) * s["exp_avg"] / root
+
+
+def _asgd(o: dict[str, Any], s: dict[str, Array], p: Array, g: Array, first: bool) -> Array:
+    g = g + o["weight_decay"] * p
+    t = s["step"] = s["step"] + 1
+    p = p * (1 - o["lambd"] * s["eta"]) - s["eta"] * g
+    s["ax"] = s["ax"] + s["mu"] * (p - s["ax"])
+    s["eta"] = o["lr"] / (1 + o["lambd"] * o["lr"] * t) ** o["alpha"]
+    s["mu"] = 1 / np.maximum(1, t - o["t0"])
+    return p
+
+
 def _rprop(o: dict[str, Any], s: dict[str, Array], p: Array, g: Array, first: bool) -> Array:
     turn = np.sign(g) * np.sign(s["prev"])
     (less, more), (least, most) = o["etas"], o["step_sizes"]
@@ -196,6 +222,7 @@ def _rprop(o: dict[str, Any], s: dict[str, Array], p: Array, g: Array, first: bo
 _UPDATES = {
     "SGD": _sgd, "Adam": _adam, "AdamW": _adam, "RMSprop": _rmsprop, "Adagrad": _adagrad,
     "Adadelta": _adadelta, "Adamax": _adamax, "RAdam": _radam, "Rprop": _rprop,
+    "NAdam": _nadam, "ASGD": _asgd,
 }  # fmt: skip
 
 

@@ -181,7 +181,11 @@ def refusals(optimizer: Any) -> list[str]:
     """What of an optimizer the compiled backends can't serve."""
     found = []
     for group in optimizer.param_groups:
-        if group.get("alpha") == 1 and any(p.grad is not None for p in group["params"]):
+        if (
+            "alpha" in optimizer._rates
+            and group["alpha"] == 1
+            and any(p.grad is not None for p in group["params"])
+        ):
             found.append("alpha=1.0")
     for p in parameters(optimizer):
         if p.grad is None:

@@ -379,7 +379,10 @@ def test_gradient_dtype_differs() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_default_device_elsewhere(name: str) -> None:
-    """Torch puts new step counters on the default device, whatever comes of it."""
+    """Torch puts new step counters on the default device, whatever comes of it.
+
+    Its ASGD, whose counters are the parameters' device's, makes the next rate there, and fails.
+    """
     outcomes = []
     for module in (fastopt.optim, torch.optim):
         p = Parameter(torch.ones(6, device=DEVICE))
@@ -392,6 +395,9 @@ def test_default_device_elsewhere(name: str) -> None:
                 outcomes.append(str(error))
             else:
                 outcomes.append(p.tolist())
+    if name == "ASGD":
+        assert "meta" in outcomes[1]
+        outcomes[1] = [1 - 0.1 * (0.5 + 1e-4)] * 6
     assert outcomes[0] == pytest.approx(outcomes[1])
 
 

@@ -155,7 +155,7 @@ def test_hyperparameters_on_the_device() -> None:
         counted_on_device=False,
     )
     slots = (torch.float32, None)
-    update = multi_tensor.launcher(SGDUpdate, slots, torch.float32, None)(tables)
+    update = multi_tensor.launcher(SGDUpdate, slots, (), torch.float32, None)(tables)
     place = (1, SGDUpdate.numbers.index("lr"))
     known = tables.traced.copy()
     for rate in (0.5, 0.25, None, 0.125, None):

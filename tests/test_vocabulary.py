@@ -28,6 +28,7 @@ ORACLES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "maximum": torch.maximum,
     "minimum": torch.minimum,
     "power": lambda a, b: torch.where(a >= 0, a, 1.0).abs() ** b,
+    "rounded": lambda a, b: a,
     "sigmoid": lambda a, b: a.sigmoid(),
     "sign": lambda a, b: torch.where(a.isnan(), 0.0, a.sign()),
     "softplus": lambda a, b: -torch.nn.functional.logsigmoid(-a),
@@ -35,7 +36,7 @@ ORACLES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "where": lambda a, b: torch.where(a > b, a, b),
 }
 #: Those that are rounded once, and to the nearest, on any device.
-EXACT = ("absolute", "divide", "isnan", "maximum", "minimum", "sign", "sqrt", "where")
+EXACT = ("absolute", "divide", "isnan", "maximum", "minimum", "rounded", "sign", "sqrt", "where")
 
 
 class Word(Elementwise):
@@ -65,12 +66,14 @@ class Word(Elementwise):
         elif h.which == 9:
             value = m.power(m.absolute(m.where(input >= 0.0, input, 1.0)), target)
         elif h.which == 10:
-            value = m.sigmoid(input)
+            value = m.rounded(input, target)
         elif h.which == 11:
-            value = m.sign(input)
+            value = m.sigmoid(input)
         elif h.which == 12:
-            value = m.softplus(input)
+            value = m.sign(input)
         elif h.which == 13:
+            value = m.softplus(input)
+        elif h.which == 14:
             value = m.sqrt(input)
         else:
             value = m.where(input > target, input, target)

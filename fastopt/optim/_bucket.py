@@ -53,7 +53,7 @@ class Bucket:
 
     Attributes:
         places: of its parameters among all of the optimizer's.
-        names: of their states, the step counters last.
+        names: of their states, those that are one number last, and the step counters behind them.
         fresh: whether some states begin at this step, and with it a rule of their own.
         written_cells, grad_cells: addresses of the entries that a launch takes addresses from.
     """
@@ -66,8 +66,8 @@ class Bucket:
         self.places = [m.place for m in members]
         params = [local(m.param) for m in members]
         self.names = active(optimizer, self._kind)
-        if self._kind.step is not None:
-            self.names.append("step")
+        self._counted = [*optimizer._scalars, "step"] if self._kind.step is not None else []
+        self.names += self._counted
         begins = [id(m.param) in begun for m in members]
         self._begun = [m.place for m, begin in zip(members, begins, strict=True) if begin]
         self.fresh = any(begins)
@@ -88,6 +88,7 @@ class Bucket:
         self._finders = list(map(itemgetter, self.names))
         self._cuts: list[Any] | None = None
         count = len(params)
+        order = [*optimizer._slots, *optimizer._scalars, "grad", "step"]  # lines of addresses
         self._sizes = np.array(list(map(Tensor.numel, params)), np.int64)
         self._tables = Tables(
             device=self._kind.device,
@@ -95,10 +96,10 @@ class Bucket:
             traced=[],
             row_of=np.array([self._rows.index(key) for key in keys], np.int64),
             offsets=np.zeros(count + 1, np.int64),
-            addresses=np.zeros((len(optimizer._slots) + 3, count), np.int64),
+            addresses=np.zeros((len(order) + 1, count), np.int64),
             counted_on_device=self._kind.counted_on_device,
         )
-        lines = [0, *(optimizer._slots.index(n) + 1 if n != "step" else -1 for n in self.names)]
+        lines = [0, *(order.index(name) + 1 for name in self.names)]
         entries = np.arange(self._tables.addresses.size).reshape(self._tables.addresses.shape)
         cells = self._tables.addresses.ctypes.data + 8 * entries
         self.written_cells, self.grad_cells = cells[lines].ravel(), cells[-2]
@@ -125,7 +126,7 @@ class Bucket:
         if not self._kind.sharded:
             return written, grads
         count = len(self.places)
-        whole = len(written) - (count if self._kind.step is not None else 0)
+        whole = len(written) - count * len(self._counted)
         try:
             found = cuts(written[:whole])
             if self._cuts is None:
@@ -182,14 +183,16 @@ class Bucket:
         self._tables.traced.clear()
 
     def increment_versions(self, written: list[Any], held: list[Any], grads: list[Any]) -> None:
-        """Tell autograd of what has been written, but for counters, which no graph can have saved.
+        """Tell autograd of what has been written, but for states of one number.
+
+        They are no part of any graph.
 
         Args:
             written: DTensors or tensors; held: what this process holds of them.
             grads: those whose parameters have been left alone are None.
         """
         count = len(self.places)
-        names = len(self.names) + 1 - (self._kind.step is not None)
+        names = len(self.names) + 1 - len(self._counted)
         changed = written[: names * count]
         if self._kind.sharded:
             changed = changed + held[: names * count]

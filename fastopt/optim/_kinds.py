@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _COUNTERS = (torch.float32, torch.float64)
+_FLOATS = (*_COUNTERS, torch.bfloat16, torch.float16)
 _CPU = torch.device("cpu")
 
 
@@ -32,6 +33,7 @@ class Kind(NamedTuple):
         param, grad: dtypes.
         slots: dtype of each state in the order of the optimizer's slots, None if not in use.
         step: dtype of the step counters, None if the optimizer has none.
+        scalars: dtypes of the states that are one number.
         counted_on_device: whether the counters are the device's.
         special: why only torch can serve them, in words.
     """
@@ -42,6 +44,7 @@ class Kind(NamedTuple):
     grad: torch.dtype
     slots: tuple[torch.dtype | None, ...]
     step: torch.dtype | None
+    scalars: tuple[torch.dtype, ...]
     counted_on_device: bool
     special: tuple[str, ...]
 
@@ -143,7 +146,7 @@ def kind_of(
     if is_lazy(param):  # of which torch lets nothing be asked
         special.append(f"a parameter of type {type(param).__name__}, whose size isn't known yet")
         slots = (None,) * len(optimizer._slots)
-        return Kind(_CPU, False, param.dtype, param.dtype, slots, None, False, tuple(special))
+        return Kind(_CPU, False, param.dtype, param.dtype, slots, None, (), False, tuple(special))
     state = optimizer.state.get(param, {})
     there, grad = param.grad is not None, param if param.grad is None else param.grad
     if group.get("capturable") and param.device.type == "cpu":
@@ -157,7 +160,7 @@ def kind_of(
     active = () if group_special else optimizer._active(group)
     # Torch creates all states or none, or has created them.
     if (state or optimizer._made_early) and optimizer._counts_steps:
-        names = (*active, "step")
+        names = (*active, *optimizer._scalars, "step")
         special += [f"no state {name!r}, which torch has" for name in names if name not in state]
     dtypes: list[torch.dtype | None] = []
     for name in optimizer._slots:
@@ -182,8 +185,9 @@ def kind_of(
             dtype = value.dtype
         dtypes.append(dtype)
     step, on_device = None, False
+    scalars: list[torch.dtype] = []
     if optimizer._counts_steps:
-        step, where = default_counter(param, group)
+        step, where = default_counter(optimizer, param, group)
         counter = state.get("step")
         if counter is not None:
             if type(counter) is Tensor and counter.numel() == 1 and counter.dtype in _COUNTERS:
@@ -194,23 +198,38 @@ def kind_of(
                 special.append("state 'step' that is no one number")
         if where not in (param.device, _CPU):
             special.append(f"state 'step' on {where}")
-        on_device = where == param.device and (where != _CPU or _keeps_counter(group))
+        on_device = where == param.device and (where != _CPU or _keeps_counter(optimizer, group))
+        for name in optimizer._scalars:
+            number = state.get(name)
+            if number is None:
+                scalars.append(step)
+            elif not (type(number) is Tensor and number.numel() == 1 and number.dtype in _FLOATS):
+                special.append(f"state {name!r} that is no one number")
+            elif number.device != where:
+                special.append(f"state {name!r} of another device than 'step'")
+            elif there and not around and is_released(number):
+                raise released_error(f"a state {name!r}", number)
+            else:
+                scalars.append(number.dtype)
     dtype = grad.dtype if there or expected is None else expected
     return Kind(
-        param.device, is_dtensor(whole), param.dtype, dtype, tuple(dtypes), step, on_device,
-        tuple(special),
+        param.device, is_dtensor(whole), param.dtype, dtype, tuple(dtypes), step,
+        tuple(scalars), on_device, tuple(special),
     )  # fmt: skip
 
 
-def _keeps_counter(group: dict[str, Any]) -> bool:
+def _keeps_counter(optimizer: PlannedStep, group: dict[str, Any]) -> bool:
     """Whether torch keeps a parameter's step counter on the parameter's device."""
-    return bool(group.get("fused") or group.get("capturable"))
+    return bool(optimizer._counts_there or group.get("fused") or group.get("capturable"))
 
 
-def default_counter(param: Tensor, group: dict[str, Any]) -> tuple[torch.dtype, torch.device]:
+def default_counter(
+    optimizer: PlannedStep, param: Tensor, group: dict[str, Any]
+) -> tuple[torch.dtype, torch.device]:
     """The dtype and device that torch gives a new step counter."""
     double = torch.get_default_dtype() == torch.float64 and not group.get("fused")
-    device = param.device if _keeps_counter(group) else torch.get_default_device()
+    there = _keeps_counter(optimizer, group)
+    device = param.device if there else torch.get_default_device()
     return torch.float64 if double else torch.float32, device
 
 

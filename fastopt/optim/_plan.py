@@ -95,7 +95,9 @@ class StepPlan:
             else:
                 kind, backend = share.kind, dispatch.load(share.decision.backend)
                 slots = (kind.param, *kind.slots)
-                launcher = backend.step_launcher(optimizer._record, slots, kind.grad, kind.step)
+                launcher = backend.step_launcher(
+                    optimizer._record, slots, kind.scalars, kind.grad, kind.step
+                )
                 compiled.append((share, launcher))
         self.reference = [m.place for m in members]
         self._sharing = sorting.sharing

@@ -43,7 +43,11 @@ class PlannedStep(Optimizer):
     _record: ClassVar[type[Update]]
     #: keys of all states that the update may use, in the formula's order
     _slots: ClassVar[tuple[str, ...]]
+    #: keys of the states that are one number each, beside "step"
+    _scalars: ClassVar[tuple[str, ...]]
     _counts_steps: ClassVar[bool] = True
+    #: whether torch counts on the parameters' device, whatever the options
+    _counts_there: ClassVar[bool] = False
     #: hyperparameters that the kernels take from [0, 1) only
     _rates: ClassVar[tuple[str, ...]] = ()
     #: whether the constructor makes the states, so that torch refuses a parameter without them
@@ -58,7 +62,7 @@ class PlannedStep(Optimizer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "_operation" in vars(cls):
-            cls._slots = cls._record.slots
+            cls._slots, cls._scalars = cls._record.slots, cls._record.scalars
             torchs_parts(cls._operation)  # now, before anyone can have replaced some
 
     def _active(self, group: Group) -> tuple[str, ...]:
@@ -96,8 +100,11 @@ class PlannedStep(Optimizer):
             return False
         state = self.state[param]
         if self._counts_steps and "step" not in state:
-            dtype, device = default_counter(param, group)
+            dtype, device = default_counter(self, param, group)
             state["step"] = torch.zeros((), dtype=dtype, device=device)
+            for name in self._scalars:
+                number = self._first_number(name, group)
+                state[name] = torch.full((), number, dtype=dtype, device=device)
         missing = [name for name in names if state.get(name) is None]
         for name in missing:
             state[name] = self._begin(name, param, group)
@@ -110,6 +117,10 @@ class PlannedStep(Optimizer):
     def _begin(self, name: str, param: Tensor, group: Group) -> Tensor:
         """A state at its beginning."""
         return torch.zeros_like(param, memory_format=torch.preserve_format)
+
+    def _first_number(self, name: str, group: Group) -> float:
+        """A state that is one number, at its beginning."""
+        return 1.0
 
     # What torch wraps a class's `step` in.
     profile_hook_step = staticmethod(with_hooks)  # type: ignore[assignment]

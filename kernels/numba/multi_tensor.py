@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from numba import prange
 from numba.core import types
@@ -20,9 +19,10 @@ from ..operation import Update
 from ..tables import Launch, Tables
 from .compiler import dtype_name, kernel, pointer, region
 from .pointer import at, load, store
-from .pointers import at_each, load_each, store_each
-from .record import Values, at_step, completed, read_record, row_at, update
+from .pointers import as_stored, at_each, load_each, store_each
+from .record import Values, at_step, completed, next_numbers, read_record, row_at, update
 from .threads import Launcher, parts_for
+from .tuples import cast_each, zeros_for
 from .vector_math import cast
 
 # Elements per thread below which a second thread does not pay: some 100 µs of work in a training
@@ -44,24 +44,41 @@ def update_span(record: Any, slots: Any, grads: Any, begin: int, end: int) -> No
 
 
 @kernel
-def record_at(rows: Any, row: int, count: float, like: Any) -> Any:
-    """What `update` needs of a row of hyperparameters in the step of that count."""
+def record_at(rows: Any, row: int, count: float, numbers: Any, like: Any) -> Any:
+    """What `update` needs of a row of hyperparameters in the step of that count.
+
+    numbers: the states that are one, before the step and after it.
+    """
     hyper = read_record(row_at(rows, row), 0.0)
-    return completed(hyper, at_step(hyper, count), like)
+    return completed(hyper, at_step(hyper, count, *cast_each(numbers, 0.0)), like)
 
 
 @kernel
-def step_count(step: Any, table: Any, position: int) -> float:
-    """The step that this update is; 0 where the optimizer does not count."""
+def numbers_after(rows: Any, row: int, count: Any, scalars: Any, numbers: Any) -> Any:
+    """What the states that are one number are after a step."""
+    hyper = read_record(row_at(rows, row), 0.0)
+    return as_stored(scalars, next_numbers(hyper, count, *numbers))
+
+
+@kernel
+def numbers_at(scalars: Any, table: Any, position: int, tensors: int) -> Any:
+    """The states that are one number; position: of the first one's address in the table."""
+    return load_each(at_each(scalars, table, tensors, position), 0)
+
+
+@kernel
+def step_count(step: Any, table: Any, position: int) -> Any:
+    """The step that this update is, in its dtype; 0 where the optimizer does not count."""
     if step is None:
         return 0.0
-    return np.float64(load(at(step, load(table, position)), 0)) + 1.0
+    count = load(at(step, load(table, position)), 0)
+    return count + cast(1, count)
 
 
 @kernel
 def update_part(
     part: int, parts: int, rows: Any, row_of: Any, offsets: Any, table: Any, tensors: int,
-    slots: Any, grads: Any, step: Any,
+    slots: Any, scalars: Any, grads: Any, step: Any,
 ) -> None:  # fmt: skip
     total = load(offsets, tensors)
     begin = part * total // parts // ALIGN * ALIGN
@@ -73,43 +90,72 @@ def update_part(
             t = middle
         else:
             high = middle
+    lines = len(slots) + len(scalars)  # and then those of the gradients and of the counters
     row, count = -1, -1.0
-    record = record_at(rows, 0, 1.0, grads)
+    numbers = zeros_for(scalars)
+    record = record_at(rows, 0, 1.0, numbers + numbers, grads)
     while begin < end:
         start = load(offsets, t)
         stop = min(load(offsets, t + 1), end)
         if stop > begin:
-            count_here = step_count(step, table, (len(slots) + 1) * tensors + t)
+            count_here = step_count(step, table, (lines + 1) * tensors + t)
             row_here = load(row_of, t)
-            if row_here != row or count_here != count:  # a power costs as much as 100 elements
-                row, count = row_here, count_here
-                record = record_at(rows, row, count, grads)
+            numbers_here = numbers_at(scalars, table, len(slots) * tensors + t, tensors)
+            # A power costs as much as 100 elements.
+            if row_here != row or count_here != count or numbers_here != numbers:
+                row, count, numbers = row_here, count_here, numbers_here
+                after = numbers_after(rows, row, count_here, scalars, numbers)
+                record = record_at(rows, row, count, numbers + after, grads)
             here = at_each(slots, table, tensors, t)
-            grads_here = at(grads, load(table, len(slots) * tensors + t))
+            grads_here = at(grads, load(table, lines * tensors + t))
             update_span(record, here, grads_here, begin - start, stop - start)
             begin = stop
         t += 1
 
 
+@kernel
+def count_step(
+    rows: Any, row_of: Any, table: Any, tensors: int, slots: Any, scalars: Any, step: Any
+) -> None:
+    """Bring the counters, and the states that are one number, to where they are after the step."""
+    lines = len(slots) + len(scalars)
+    row, count = -1, -1.0
+    numbers = new = zeros_for(scalars)
+    for t in range(tensors):
+        if load(table, lines * tensors + t) == 0:  # it has no gradient
+            continue
+        place = len(slots) * tensors + t
+        count_here, row_here = step_count(step, table, (lines + 1) * tensors + t), load(row_of, t)
+        numbers_here = numbers_at(scalars, table, place, tensors)
+        if row_here != row or count_here != count or numbers_here != numbers:
+            row, count, numbers = row_here, count_here, numbers_here
+            new = numbers_after(rows, row, count_here, scalars, numbers)
+        store_each(at_each(scalars, table, tensors, place), 0, new)
+        counter = at(step, load(table, (lines + 1) * tensors + t))
+        store(counter, 0, count_here)
+
+
 @region
 def update_all(
     parts: int, rows: Any, row_of: Any, offsets: Any, table: Any, tensors: int,
-    slots: Any, grads: Any, step: Any,
+    slots: Any, scalars: Any, grads: Any, step: Any,
 ) -> None:  # fmt: skip
     for part in prange(parts):
-        update_part(part, parts, rows, row_of, offsets, table, tensors, slots, grads, step)
+        update_part(part, parts, rows, row_of, offsets, table, tensors, slots, scalars, grads, step)
     if step is not None:
-        for t in range(tensors):
-            if load(table, len(slots) * tensors + t) != 0:  # it has a gradient
-                counter = at(step, load(table, (len(slots) + 1) * tensors + t))
-                count = load(counter, 0)
-                store(counter, 0, count + cast(1, count))
+        count_step(rows, row_of, table, tensors, slots, scalars, step)
+
+
+def _own_dtype(dtype: torch.dtype) -> str:
+    """What numbers of a dtype are computed in."""
+    return "float64" if dtype == torch.float64 else "float32"
 
 
 @functools.cache
 def launcher(
     record: type[Update],
     slots: tuple[torch.dtype | None, ...],
+    scalars: tuple[torch.dtype, ...],
     grad: torch.dtype,
     step: torch.dtype | None,
 ) -> Callable[[Tables], Launch]:
@@ -118,10 +164,12 @@ def launcher(
     Args:
         record: the class of hyperparameters and formulas.
         slots: dtypes of the parameter and of each state, None for an unused state.
+        scalars: dtypes of the states that are one number.
         grad: dtype of the gradients.
         step: dtype of the step counters, or None.
     """
-    compute = "float64" if slots[0] == torch.float64 else "float32"
+    assert slots[0] is not None
+    compute = _own_dtype(slots[0])
     slot_types = [
         types.none if d is None else pointer(dtype_name(d), k, compute) for k, d in enumerate(slots)
     ]
@@ -134,10 +182,16 @@ def launcher(
         index,
         types.intp,
         types.Tuple(slot_types),
+        types.Tuple([pointer(dtype_name(d), 7, _own_dtype(d)) for d in scalars]),
         pointer(dtype_name(grad), len(slots), compute),
         types.none if step is None else pointer(dtype_name(step), 7, dtype_name(step)),
     )
-    tag = (tuple(None if d is None else 0 for d in slots), 0, None if step is None else 0)
+    tag = (
+        tuple(None if d is None else 0 for d in slots),
+        (0,) * len(scalars),
+        0,
+        None if step is None else 0,
+    )
 
     def bind(tables: Tables) -> Launch:
         arrays = (tables.hypers, tables.row_of, tables.offsets, tables.addresses)

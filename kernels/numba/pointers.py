@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from .pointer import BYTE, IR, Pointer, emit_load, emit_store
@@ -42,6 +42,23 @@ def store_each(typingctx: Any, pointers: Any, index: Any, values: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(pointers, types.intp, values), codegen
+
+
+@intrinsic
+def as_stored(typingctx: Any, pointers: Any, values: Any) -> Any:
+    """What `load_each` would give after `store_each`: the values rounded to the elements' dtypes."""
+    result = types.Tuple([p.compute for p in pointers])
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        zero, found = ir.Constant(ir.IntType(64), 0), []
+        for k, p in enumerate(pointers):
+            room = builder.bitcast(cgutils.alloca_once(builder, ir.IntType(64)), BYTE.as_pointer())
+            value = builder.extract_value(args[1], k)
+            emit_store(builder, p, room, zero, context.cast(builder, value, values[k], p.compute))
+            found.append(emit_load(builder, p, room, zero))
+        return context.make_tuple(builder, result, found)
+
+    return result(pointers, values), codegen
 
 
 @intrinsic

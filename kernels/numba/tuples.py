@@ -7,7 +7,7 @@ from typing import Any
 from numba.core import types
 from numba.extending import intrinsic
 
-__all__ = ["added", "cast_each", "zeros"]
+__all__ = ["added", "cast_each", "zeros", "zeros_for"]
 
 
 @intrinsic
@@ -50,3 +50,15 @@ def cast_each(typingctx: Any, numbers: Any, like: Any) -> Any:
         return context.make_tuple(builder, result, values)
 
     return result(numbers, like), codegen
+
+
+@intrinsic
+def zeros_for(typingctx: Any, pointers: Any) -> Any:
+    """A zero for each of the pointers."""
+    result = types.Tuple([p.compute for p in pointers])
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        values = [context.get_constant(p.compute, 0) for p in pointers]
+        return context.make_tuple(builder, result, values)
+
+    return result(pointers), codegen

@@ -18,6 +18,7 @@ __all__ = [
     "maximum",
     "minimum",
     "power",
+    "rounded",
     "sigmoid",
     "sign",
     "softplus",
@@ -82,6 +83,11 @@ def divide(a: Any, b: Any) -> Any:
 def power(a: Any, b: Any) -> Any:
     """a to the power b, of a from 0 on. In float64 a GPU's may be off by 1e-13 of it."""
     return a**b
+
+
+def rounded(x: Any, like: Any) -> Any:
+    """x in the dtype of another number."""
+    return x.to(like.dtype)
 
 
 def sqrt(x: Any) -> Any:

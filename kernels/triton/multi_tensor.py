@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,21 @@ def block_shape(dtype: torch.dtype) -> tuple[int, int]:
     return (512, 256) if dtype == torch.float64 else (1024, 128)
 
 
+def read_numbers(addresses: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers on the host at these addresses."""
+    size = dtype.itemsize
+    found = bytearray(b"".join(ctypes.string_at(a, size) for a in addresses.tolist()))
+    return torch.frombuffer(found, dtype=dtype) if found else torch.empty(0, dtype=dtype)
+
+
+def write_numbers(addresses: np.ndarray, numbers: torch.Tensor) -> None:
+    """Put numbers where they belong on the host."""
+    size = numbers.dtype.itemsize
+    start = numbers.contiguous().data_ptr()
+    for k, address in enumerate(addresses.tolist()):
+        ctypes.memmove(address, start + k * size, size)
+
+
 class Launches:
     """The launches of one bucket, bound to its tables."""
 
@@ -53,17 +69,21 @@ class Launches:
         self,
         record: Any,
         dtypes: tuple[torch.dtype | None, ...],
+        scalars: tuple[torch.dtype, ...],
         step: torch.dtype | None,
         tables: Tables,
     ) -> None:
-        """record: its class; dtypes: of the slots and gradients; step: of the counters."""
-        self._tables = tables
+        """record: its class; dtypes: of the slots and gradients; scalars: of the states that are
+        one number; step: of the counters."""
+        self._record, self._tables = record, tables
         self._step = None if step is None else TYPES[step]
-        self._number: Any = None  # what the counters are, if they are on the host
-        if step is not None and not tables.counted_on_device:
-            self._number = ctypes.c_double if step == torch.float64 else ctypes.c_float
-        self._slots = len(dtypes)
-        self._lines_used = tuple(k for k, d in enumerate(dtypes) if d is not None)
+        # The dtype of the counters, if they are on the host.
+        self._counted = None if tables.counted_on_device else step
+        self._scalars = scalars
+        self._first = len(dtypes) - 1  # the line of the first of these
+        # The gradients' is behind them.
+        lines = [*range(self._first), self._first + len(scalars)]
+        self._lines_used = tuple(k for k, d in zip(lines, dtypes, strict=True) if d is not None)
         self._dtypes = tuple(TYPES[d] for d in dtypes if d is not None)
         self._compute = compute_dtype(dtypes[0])  # type: ignore[arg-type]
         self._block, self._threads = block_shape(dtypes[0])  # type: ignore[arg-type]
@@ -76,6 +96,9 @@ class Launches:
         self._at_step = {
             "FORMULA": formula_of(record, "at_step") if record.derived else None,
             "MAKE": maker(record),
+            "NEXT": formula_of(record, "next_numbers") if scalars else None,
+            "SCALARS": tuple(TYPES[d] for d in scalars),
+            "WIDE": tuple(TYPES[compute_dtype(d)] for d in scalars),
         }
         self._fields = len(record.numbers) + len(record.derived)
         # Every line of addresses, and for each tensor how many elements it has, its first block,
@@ -92,8 +115,13 @@ class Launches:
         self._table, self._hypers = (
             DeviceTable(host, t.device, CAPTURES) for host in (self._lines, t.hypers)
         )
-        self._row_of, self._behind = (
-            DeviceTable(host, t.device) for host in (t.row_of, np.zeros(len(t.row_of)))
+        self._row_of, self._behind, self._numbers = (
+            DeviceTable(host, t.device)
+            for host in (
+                t.row_of,
+                np.zeros(len(t.row_of)),
+                np.zeros((len(self._scalars), len(t.row_of))),
+            )
         )
         self._constants = self._empty_constants()
         self._stream = current_stream(t.device)
@@ -143,14 +171,33 @@ class Launches:
             LINES=self._lines_used, DTYPES=self._dtypes, FIELDS=self._fields,
             COMPUTE=TYPES[self._compute], BLOCK=self._block, **self._update,
         )  # fmt: skip
-        if self._number and (found_inf is None or found_inf.item() == 0):
-            for counter in self._counters():
-                counter.value += 1.0
+        if self._counted is not None and (found_inf is None or found_inf.item() == 0):
+            self._count()
 
-    def _counters(self) -> list[Any]:
-        """The step counters on the host, of those tensors that have a gradient."""
-        counters = self._tables.addresses[-1]
-        return list(map(self._number.from_address, counters[counters != 0].tolist()))
+    def _read(self, line: int, dtype: Any) -> np.ndarray:
+        """Numbers on the host, in float64, of those tensors that have a gradient."""
+        addresses = self._tables.addresses[line]
+        return read_numbers(addresses[addresses != 0], dtype).double().numpy()
+
+    def _count(self) -> None:
+        """Bring numbers on the host to where they are after a step."""
+        t = self._tables
+        there = t.addresses[-1] != 0
+        if self._counted is None or not there.any():
+            return
+        steps = read_numbers(t.addresses[-1][there], self._counted) + 1
+        if self._scalars:
+            rows = torch.from_numpy(t.hypers[t.row_of[there]])
+            hyper = SimpleNamespace(**dict(zip(self._record.numbers, rows.unbind(1), strict=True)))
+            lines = [t.addresses[self._first + k][there] for k in range(len(self._scalars))]
+            old = [
+                read_numbers(line, dtype).to(compute_dtype(dtype))
+                for line, dtype in zip(lines, self._scalars, strict=True)
+            ]
+            new = self._record.next_numbers(hyper, steps, *old)
+            for line, values, dtype in zip(lines, new, self._scalars, strict=True):
+                write_numbers(line, values.to(dtype))
+        write_numbers(t.addresses[-1][there], steps)
 
     def _derive(
         self,
@@ -161,14 +208,18 @@ class Launches:
     ) -> None:
         """Bring the constants up to date, and counters on the device."""
         t = self._tables
-        steps = behind = step = None
+        steps = behind = step = scalars = None
         if self._step is not None and t.counted_on_device:
-            steps = table[self._slots]
+            steps, scalars = table[len(t.addresses) - 1], table[self._first]
         elif self._per_step:
-            counts = np.array([counter.value for counter in self._counters()])
+            there = t.addresses[-1] != 0
+            counts = self._read(-1, self._counted)
             step = float(counts.max()) + 1.0
-            self._behind.host[t.addresses[-1] != 0] = counts.max() - counts
+            self._behind.host[there] = counts.max() - counts
             behind = self._behind.current()
+            for k, dtype in enumerate(self._scalars):
+                self._numbers.host[k, there] = self._read(self._first + k, dtype)
+            scalars = self._numbers.current()
         uploads, hypers = self._hypers.uploads, self._hypers.current()
         for row, field, value in t.traced:
             hypers[row, field].copy_(value.reshape(()))
@@ -177,7 +228,7 @@ class Launches:
             return
         launch(
             derive, (-(-len(t.row_of) // 128),), t.device, 128, hypers, self._row_of.current(),
-            steps, behind, step, found_inf, constants, len(t.row_of), STEP=self._step,
+            steps, behind, step, scalars, found_inf, constants, len(t.row_of), STEP=self._step,
             FIELDS=t.hypers.shape[1], COMPUTE=TYPES[self._compute], BLOCK=128, **self._at_step,
         )  # fmt: skip
 
@@ -185,6 +236,7 @@ class Launches:
 def launcher(
     record: Any,
     slots: tuple[torch.dtype | None, ...],
+    scalars: tuple[torch.dtype, ...],
     grad: torch.dtype,
     step: torch.dtype | None,
 ) -> Callable[[Tables], Launch]:
@@ -195,7 +247,7 @@ def launcher(
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(_CAPTURED_TOO_EARLY)
-    return functools.partial(Launches, record, (*slots, grad), step)
+    return functools.partial(Launches, record, (*slots, grad), scalars, step)
 
 
 def describe_step(param: torch.dtype, sizes: list[int]) -> str:

@@ -26,8 +26,9 @@ def entries(table, place, stride, COUNT: tl.constexpr):
 
 @kernel
 def derive(
-    hypers, row_of, steps, behind, step, found_inf, constants, tensors, STEP: tl.constexpr,
-    FORMULA: tl.constexpr, MAKE: tl.constexpr, FIELDS: tl.constexpr, COMPUTE: tl.constexpr,
+    hypers, row_of, steps, behind, step, scalars, found_inf, constants, tensors,
+    STEP: tl.constexpr, FORMULA: tl.constexpr, MAKE: tl.constexpr, FIELDS: tl.constexpr,
+    SCALARS: tl.constexpr, WIDE: tl.constexpr, NEXT: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The numbers of each tensor's update at this step, and counters on the device one further.
@@ -36,6 +37,9 @@ def derive(
 
     steps: the table's line of the counters' addresses, and STEP their dtype. Where they are on
     the host, step is the largest of their new values, and behind how many each is behind.
+    scalars: of each state that is one number, of the dtypes SCALARS and computed with in WIDE ones,
+    a line of addresses; where they are on the host, of the numbers themselves, and it is the host
+    that stores what NEXT makes of them.
     """
     tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = tensor < tensors
@@ -48,17 +52,36 @@ def derive(
         counter = address.to(tl.pointer_type(STEP))
         there = inside & (address != 0)  # else it has no gradient
         count = tl.load(counter, mask=there, other=0.0)
-        done = count + 1
+        taken = there
         if found_inf is not None:
-            done = tl.where(tl.load(found_inf) == 0, done, count)
-        tl.store(counter, done, mask=there)
+            taken = there & (tl.load(found_inf) == 0)
+        tl.store(counter, count + 1, mask=taken)
         now = count.to(tl.float64) + 1
     elif behind is not None:
         now = tl.cast(step, tl.float64) - tl.load(behind + tensor, mask=inside, other=0.0)
     else:
         now = tl.zeros([BLOCK], tl.float64)
+    old = ()
+    for k in tl.static_range(len(SCALARS)):
+        place = scalars + k * tensors + tensor
+        if steps is not None:
+            number = tl.load(place, mask=inside, other=0).to(tl.pointer_type(SCALARS[k]))
+            old = old + (tl.load(number, mask=there, other=0.0).to(WIDE[k]),)
+        else:
+            old = old + (tl.load(place, mask=inside, other=0.0).to(WIDE[k]),)
+    numbers = ()
+    if len(SCALARS) > 0:
+        new = NEXT(MAKE(values, ()), now.to(STEP), *old)
+        for k in tl.static_range(len(SCALARS)):
+            numbers = numbers + (old[k].to(tl.float64),)
+        for k in tl.static_range(len(SCALARS)):
+            rounded = new[k].to(SCALARS[k])
+            numbers = numbers + (rounded.to(tl.float64),)
+            if steps is not None:
+                place = tl.load(scalars + k * tensors + tensor, mask=inside, other=0)
+                tl.store(place.to(tl.pointer_type(SCALARS[k])), rounded, mask=taken)
     if FORMULA is not None:
-        values = values + FORMULA(MAKE(values, ()), now)
+        values = values + FORMULA(MAKE(values, ()), now, *numbers)
     for k in tl.static_range(len(values)):
         tl.store(constants + k * tensors + tensor, values[k].to(COMPUTE), mask=inside)
 

@@ -30,6 +30,11 @@ def minimum(a, b):
 
 
 @device_function
+def rounded(x, like):
+    return x.to(like.dtype)
+
+
+@device_function
 def power(a, b):
     wide = tl.exp(b.to(tl.float64) * tl.log(a.to(tl.float64)))
     return tl.where((b == 0.0) | (a == 1.0), 1.0, wide).to(a.dtype)
