@@ -265,12 +265,6 @@ class Update(Operation):
     def next_numbers(self, step: Any, *scalars: Any) -> Any:
         return ()
 
-    def next_numbers(self, step: Any, *scalars: Any) -> Any:
-        return ()
-
-    def next_numbers(self, step: Any, *scalars: Any) -> Any:
-        return ()
-
     def at_step(self, step: Any, *scalars: Any) -> Any:
         return ()
 

@@ -41,8 +41,9 @@ class Tables(NamedTuple):
             without a gradient has none.
         addresses: int64, a line for each slot (parameter and states, unused ones too), one for
             each state that is one number, one for the gradients and one for the step counters (0
-            where nothing counts), each with an entry for every tensor. It is 0 for a gradient that isn't there: then the update
-            leaves the parameter, its states and its counter alone, and they have no address.
+            where nothing counts), each with an entry for every tensor. It is 0 for a gradient that
+            isn't there: then the update leaves the parameter, its states and its counter alone, and
+            they have no address.
         counted_on_device: whether the counters are the device's (which may be the CPU), so that
             a kernel has to count.
     """

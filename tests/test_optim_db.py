@@ -35,6 +35,16 @@ from torch.testing._internal.common_optimizers import OptimizerErrorEnum, Optimi
 import fastopt
 from fastopt import BackendUnavailable
 
+# Both torch's own code, whose ways round differently: ASGD's eta in the middle, for one.
+ROUNDED = {("Adadelta", "foreach"), ("ASGD", "foreach")}
+
+
+def close_enough(race: Race, rounded: bool) -> None:
+    if rounded:
+        torch.testing.assert_close(race.params[0], race.params[1])
+    else:
+        race.check()
+
 
 def test_torch_tests_each_of_them() -> None:
     assert sorted(info.name for info in INFOS) == sorted(fastopt.optim._operations.OPTIMIZERS)
@@ -71,11 +81,7 @@ def test_inputs(info: OptimizerInfo, flag: str | None, dtype: torch.dtype) -> No
         assert (race.params[0][4] in race.ours.state) == (like[4] in theirs.state)
         for missing in ((), (0, 6), (3,)):
             race.step(missing, insist=not reason)
-        if (info.name, flag) == ("Adadelta", "foreach") and dtype in COMPLEX:
-            # Both torch's own code, whose ways round differently.
-            torch.testing.assert_close(race.params[0], race.params[1])
-        else:
-            race.check()
+        close_enough(race, dtype in COMPLEX and (info.name, flag) in ROUNDED)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
@@ -143,7 +149,7 @@ def test_mixed_parameters(info: OptimizerInfo, place: int, flag: str | None) -> 
     race = Race(info.name, params, options)
     for missing in ((2, 9), (), (4,)):
         race.step(missing, insist=False)
-    race.check()
+    close_enough(race, (info.name, flag) == ("ASGD", "foreach"))
     served = {d.backend: d for d in fastopt.explain(race.ours)}
     assert served.keys() == {BACKEND, "reference"}
 
@@ -161,6 +167,8 @@ def test_order_of_states(info: OptimizerInfo) -> None:
 @EACH
 def test_parameters_without_memory(info: OptimizerInfo) -> None:
     """Those on the meta device, which are all at address 0, take nothing from the others."""
+    if info.name == "ASGD":
+        pytest.skip("torch's ASGD reads numbers on the parameters' device, which meta has none of")
     params = [Parameter(torch.ones(5, device=d)) for d in ("meta", "meta", DEVICE)]
     race = Race(info.name, params, options_of(info)[-1])
     for _ in range(2):
@@ -245,6 +253,7 @@ def test_changed_hyperparameter(info: OptimizerInfo, place: int, key: str, value
     params = parameters(torch.float64, shapes=[(5,), (2, 3)])  # so that rounding doesn't matter
     both = [params, replica(params)]
     results: list[list[Any]] = []
+    warnings.filterwarnings("ignore", "Casting complex")  # which torch says once a process
     options = {"fused": False} if "fused" in flags_of(info) else {}
     optimizers = [
         getattr(m, info.name)(p, **copy.deepcopy(options_of(info)[place]), **options)

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from numba import prange
 from numba.core import types
@@ -19,11 +20,10 @@ from ..operation import Update
 from ..tables import Launch, Tables
 from .compiler import dtype_name, kernel, pointer, region
 from .pointer import at, load, store
-from .pointers import as_stored, at_each, load_each, store_each
+from .pointers import as_stored, at_each, cast_for, load_each, store_each
 from .record import Values, at_step, completed, next_numbers, read_record, row_at, update
 from .threads import Launcher, parts_for
 from .tuples import cast_each, zeros_for
-from .vector_math import cast
 
 # Elements per thread below which a second thread does not pay: some 100 µs of work in a training
 # step, whose model has emptied the caches (28 bytes an element of Adam, 1.5 ns from memory). To
@@ -54,10 +54,10 @@ def record_at(rows: Any, row: int, count: float, numbers: Any, like: Any) -> Any
 
 
 @kernel
-def numbers_after(rows: Any, row: int, count: Any, scalars: Any, numbers: Any) -> Any:
+def numbers_after(rows: Any, row: int, count: float, scalars: Any, numbers: Any, step: Any) -> Any:
     """What the states that are one number are after a step."""
     hyper = read_record(row_at(rows, row), 0.0)
-    return as_stored(scalars, next_numbers(hyper, count, *numbers))
+    return as_stored(scalars, next_numbers(hyper, cast_for(count, step), *numbers))
 
 
 @kernel
@@ -67,12 +67,11 @@ def numbers_at(scalars: Any, table: Any, position: int, tensors: int) -> Any:
 
 
 @kernel
-def step_count(step: Any, table: Any, position: int) -> Any:
-    """The step that this update is, in its dtype; 0 where the optimizer does not count."""
+def step_count(step: Any, table: Any, position: int) -> float:
+    """The step that this update is; 0 where the optimizer does not count."""
     if step is None:
         return 0.0
-    count = load(at(step, load(table, position)), 0)
-    return count + cast(1, count)
+    return np.float64(load(at(step, load(table, position)), 0)) + 1.0
 
 
 @kernel
@@ -104,7 +103,7 @@ def update_part(
             # A power costs as much as 100 elements.
             if row_here != row or count_here != count or numbers_here != numbers:
                 row, count, numbers = row_here, count_here, numbers_here
-                after = numbers_after(rows, row, count_here, scalars, numbers)
+                after = numbers_after(rows, row, count, scalars, numbers, step)
                 record = record_at(rows, row, count, numbers + after, grads)
             here = at_each(slots, table, tensors, t)
             grads_here = at(grads, load(table, lines * tensors + t))
@@ -129,10 +128,10 @@ def count_step(
         numbers_here = numbers_at(scalars, table, place, tensors)
         if row_here != row or count_here != count or numbers_here != numbers:
             row, count, numbers = row_here, count_here, numbers_here
-            new = numbers_after(rows, row, count_here, scalars, numbers)
+            new = numbers_after(rows, row, count, scalars, numbers, step)
         store_each(at_each(scalars, table, tensors, place), 0, new)
         counter = at(step, load(table, (lines + 1) * tensors + t))
-        store(counter, 0, count_here)
+        store(counter, 0, cast_for(count, step))
 
 
 @region

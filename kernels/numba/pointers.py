@@ -46,7 +46,7 @@ def store_each(typingctx: Any, pointers: Any, index: Any, values: Any) -> Any:
 
 @intrinsic
 def as_stored(typingctx: Any, pointers: Any, values: Any) -> Any:
-    """What `load_each` would give after `store_each`: the values rounded to the elements' dtypes."""
+    """What `load_each` would give after `store_each`: values rounded to the elements' dtypes."""
     result = types.Tuple([p.compute for p in pointers])
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -59,6 +59,17 @@ def as_stored(typingctx: Any, pointers: Any, values: Any) -> Any:
         return context.make_tuple(builder, result, found)
 
     return result(pointers, values), codegen
+
+
+@intrinsic
+def cast_for(typingctx: Any, value: Any, pointer: Any) -> Any:
+    """A number as `store` takes it there; as it is, where there is no pointer."""
+    result = pointer.compute if isinstance(pointer, Pointer) else value
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return context.cast(builder, args[0], value, result)
+
+    return result(value, pointer), codegen
 
 
 @intrinsic
