@@ -13,6 +13,4 @@ if TYPE_CHECKING:  # to type checkers all of it is torch's, typos included
 else:
     from . import clip_grad
 
-    __all__, __getattr__, __dir__ = _names(
-        _torchs, {**clip_grad.FUNCTIONS, "clip_grad": clip_grad}
-    )
+    __all__, __getattr__, __dir__ = _names(_torchs, {**clip_grad.FUNCTIONS, "clip_grad": clip_grad})

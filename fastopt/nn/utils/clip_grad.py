@@ -157,9 +157,7 @@ def clip_grads_with_norm_(
     found.scale(most, total_norm.detach().clone())
 
 
-def clip_grad_value_(
-    parameters: _Tensors, clip_value: float, foreach: bool | None = None
-) -> None:
+def clip_grad_value_(parameters: _Tensors, clip_value: float, foreach: bool | None = None) -> None:
     r"""Clamp every element of the gradients of parameters, in place, in one launch.
 
     .. math::
