@@ -108,7 +108,7 @@ def fold_part(
 @region
 def norm_of_all(
     parts: int, order: float, offsets: Any, table: Any, tensors: int, grads: Any, sums: Any,
-) -> float:  # fmt: skip
+) -> Any:  # fmt: skip
     """The norm. sums is scratch memory, a number a block."""
     for part in prange(parts):
         fold_part(part, parts, order, offsets, table, tensors, grads, sums)

@@ -146,7 +146,7 @@ def clip_grads_with_norm_(
     if _is_compiling():
         return _torchs_scaling(parameters, max_norm, total_norm, foreach)
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    special = ()
+    special: tuple[str, ...] = ()
     if not _is_number(total_norm):
         special = ("a total_norm that is no 0-d tensor of a floating dtype",)
     found = look("clip_grads_with_norm_", _grads_of(parameters), special)
@@ -180,7 +180,7 @@ def clip_grad_value_(parameters: _Tensors, clip_value: float, foreach: bool | No
         return _torchs_clip_value(parameters, clip_value, foreach)
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads, most = _grads_of(parameters), float(clip_value)
-    special = ()
+    special: tuple[str, ...] = ()
     if grads and not _fits(most, grads[0].dtype):
         special = (f"clip_value={most}, no number of {grads[0].dtype}",)
     found = look("clip_grad_value_", grads, special)
