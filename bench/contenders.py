@@ -75,10 +75,10 @@ def _optimizer(row: OptimizerRow, module: ModuleType, compiled: bool, **how: Any
     )
 
 
-def _clip(row: ClipRow, module: ModuleType) -> Contender:
+def _clip(row: ClipRow, module: ModuleType, dtype: torch.dtype = torch.float32) -> Contender:
     torch.manual_seed(0)
-    params = [Parameter(torch.empty(s)) for s in row.shapes]
-    grads = [torch.randn_like(p) for p in params]
+    params = [Parameter(torch.empty(s, dtype=dtype)) for s in row.shapes]
+    grads = [torch.randn(s).to(dtype) for s in row.shapes]
     for p, grad in zip(params, grads, strict=True):
         p.grad = grad
     clip, most = getattr(module, row.operation), -1.0 if row.scales else 1e9
@@ -114,10 +114,12 @@ def names(row: Row, full: bool) -> list[str]:
 
 
 def expect(row: Row) -> list[torch.Tensor]:
-    """What is right: of losses by torch in float64, of all else by torch."""
+    """What is right: of optimizers by torch, of all else by torch in float64."""
     right = make(row, TORCH)
     if isinstance(row, LossRow):
         right = _loss(row, getattr(theirs, row.operation), torch.float64)
+    elif isinstance(row, ClipRow):
+        right = _clip(row, torch.nn.utils, torch.float64)
     right.call()
     return [t.clone() for t in right.results()]
 
