@@ -68,6 +68,34 @@ class OptimizerRow:
         return self.size * self.dtype.itemsize * (3 + 2 * states)
 
 
+@dataclass(frozen=True)
+class ClipRow:
+    """clip_grad_norm_ of gradients of these shapes.
+
+    Attributes:
+        scales: whether each call has something to scale. A negative limit sees to that: it turns
+            the signs, and leaves a norm of 1.
+    """
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    scales: bool
+    quick: bool = False
+    operation: str = "clip_grad_norm_"
+
+    @property
+    def size(self) -> int:
+        return sum(map(math.prod, self.shapes))
+
+    @property
+    def floor(self) -> int:
+        """Bytes: gradients read once, and to be scaled read again and written."""
+        return self.size * 4 * (3 if self.scales else 1)
+
+
+Row = LossRow | OptimizerRow | ClipRow
+
+
 def _labelled(*shape: int, dtype: torch.dtype, last: bool) -> Make:
     def make() -> tuple[Tensor, ...]:
         logits = torch.randn(shape).to(dtype)
@@ -241,4 +269,10 @@ OPTIMIZERS = [
     OptimizerRow("SGD like ResNet-50", "SGD", _RESNET50, _MOMENTUM),
 ]  # fmt: skip
 
-ROWS: dict[str, LossRow | OptimizerRow] = {row.name: row for row in (*LOSSES, *OPTIMIZERS)}
+CLIPS = [
+    ClipRow(f"clip_grad_norm_ {name}{words}", shapes, scales, quick)
+    for scales, words in ((True, ""), (False, " below"))
+    for name, shapes, quick in _SIZES
+]
+
+ROWS: dict[str, Row] = {row.name: row for row in (*LOSSES, *OPTIMIZERS, *CLIPS)}

@@ -5,53 +5,67 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.utils.clip_grad as torchs_clipping
 from torch.nn.modules.loss import _Loss
 from torch.optim import Optimizer
 
 from .errors import wrapper_hint
 from .front.call import LossModule
 from .nn._operations import MODULES
+from .nn.utils.clip_grad import FUNCTIONS as CLIPPING
 from .optim._operations import OPTIMIZERS
 from .optim._planned import PlannedStep
 
 __all__ = ["convert"]
 
-_Subject = TypeVar("_Subject", Optimizer, torch.nn.Module)
+_Subject = TypeVar("_Subject", Optimizer, torch.nn.Module, ModuleType)
 _Twins = dict[type, type]
+#: Torch's functions that clip gradients, as they were when fastopt was imported.
+_CLIPPING: dict[str, Callable[..., Any]] = {
+    name: getattr(torch.nn.utils, name) for name in CLIPPING
+}
 
 
 def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
-    """Make a torch optimizer, or the loss modules inside a model, fastopt's; or torch's again.
+    """Make a torch optimizer, the losses in a model, or gradient clipping fastopt's; or torch's.
 
     It happens in place, by a change of class: the object, its state and hyperparameters, its
     hooks, and whoever holds it (schedulers, a GradScaler, a framework) stay as they are.
     Frameworks that keep an optimizer's `step` should be given it afterwards.
 
+    Of `torch.nn.utils` the functions that clip gradients are replaced, for whoever looks them up
+    there when it calls them, as Accelerate and Lightning do. Nothing else replaces them.
+
     Args:
         subject: an optimizer whose class is torch's own and one that fastopt has, too; or a
             module, of which every loss changes whose class fastopt has, itself included. Losses
-            called as functions in a forward are no modules, and stay torch's.
+            called as functions in a forward are no modules, and stay torch's. Or
+            `torch.nn.utils`.
         to: "fastopt" or "torch".
 
     Returns:
         subject.
 
     Warns:
-        UserWarning: names the loss modules that were left alone, and why.
+        UserWarning: names the loss modules that were left alone, and why; or the functions of
+            `torch.nn.utils` that somebody else has replaced.
 
     Raises:
         TypeError: an optimizer of another class (of a subclass, too, whose own ways could be
-            lost), or whose `step` has been replaced; or no optimizer and no module.
+            lost), or whose `step` has been replaced; or something else than all of these.
         ValueError: another `to`.
 
     Example:
         >>> optimizer = fastopt.convert(optimizer)
         >>> model = fastopt.convert(model)
         >>> fastopt.convert(optimizer, to="torch")
+        >>> fastopt.convert(torch.nn.utils)
+        >>> fastopt.convert(torch.nn.utils, to="torch")
     """
     if to not in ("fastopt", "torch"):
         raise ValueError(f"to={to!r} (supported: 'fastopt', 'torch')")
@@ -60,10 +74,12 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
             _convert_optimizer(subject, _twins(OPTIMIZERS, to))
     elif isinstance(subject, torch.nn.Module):
         _convert_modules(subject, _twins(MODULES, to), to)
+    elif subject is torch.nn.utils:
+        _convert_clipping(to)
     else:
         raise TypeError(
             f"cannot convert an object of {_name(type(subject))} "
-            "(supported: optimizers and modules)"
+            "(supported: optimizers and modules, and torch.nn.utils)"
         )
     return subject
 
@@ -128,6 +144,21 @@ def _convert_modules(subject: torch.nn.Module, twins: _Twins, to: str) -> None:
             module.__class__ = twins[kind]
         elif kind not in twins.values() and (why := _why_left(module, twins, to)):
             left.append(f"{path or 'the module itself'} ({why})")
+    if left:
+        warnings.warn(f"fastopt.convert left alone: {', '.join(left)}", stacklevel=3)
+
+
+def _convert_clipping(to: str) -> None:
+    """Replace the functions, in the module that has them from another one in that as well."""
+    left = []
+    for name, torchs in _CLIPPING.items():
+        old, new = (torchs, CLIPPING[name]) if to == "fastopt" else (CLIPPING[name], torchs)
+        for module in (torch.nn.utils, torchs_clipping):
+            found = getattr(module, name, None)
+            if found is old:
+                setattr(module, name, new)
+            elif found not in (None, new):
+                left.append(f"{module.__name__}.{name} (replaced by {found!r})")
     if left:
         warnings.warn(f"fastopt.convert left alone: {', '.join(left)}", stacklevel=3)
 

@@ -13,6 +13,7 @@ import torch
 from ahead import MACHINES, Code, compiling
 
 from fastopt.kernels import triton as backend
+from fastopt.kernels.gradients import Gradients
 from fastopt.kernels.operation import Options
 from fastopt.kernels.tables import Tables
 from fastopt.nn.cross_entropy import CrossEntropy
@@ -139,9 +140,22 @@ class Step(NamedTuple):
         update(one, one)
 
 
+class Clip(NamedTuple):
+    """clip_grad_norm_ of three gradients, or clip_grad_value_."""
+
+    order: float | None = 2.0
+
+    def run(self, dtype: torch.dtype) -> None:
+        grads = Gradients(CPU, dtype, np.zeros(3, np.int64), np.arange(4) * 5000)
+        if self.order is None:
+            backend.clamp_all(grads, 0.5)
+        else:
+            backend.scale_all(grads, 0.5, backend.total_norm(grads, self.order))
+
+
 class Case(NamedTuple):
     machine: str
-    operation: Pointwise | Rows | Step
+    operation: Pointwise | Rows | Step | Clip
     dtype: torch.dtype
 
     def __str__(self) -> str:
@@ -182,11 +196,12 @@ OTHERS = tuple(
     if record not in (SGDUpdate, AdamUpdate, RMSpropUpdate)
 )
 STEPS = (*SGD, *ADAM, *RMSPROP, *OTHERS)
+CLIPS = (Clip(), Clip(1.0), Clip(math.inf), Clip(None))
 
 #: For every machine, in float32 and bfloat16.
 USUAL = (
     Pointwise(MSE), Pointwise(L1, ODD), VOCABULARY, LONGEST, THOUSAND, WHOLE, SPLIT,
-    PIXELS, SGD[1], ADAM[0], RMSPROP[-1],
+    PIXELS, SGD[1], ADAM[0], RMSPROP[-1], *CLIPS,
 )  # fmt: skip
 #: For sm_90, in every dtype.
 EVERY_DTYPE = (
@@ -194,7 +209,7 @@ EVERY_DTYPE = (
     VOCABULARY._replace(reduction="none"), CHANNELS_LAST, SHORT, *STEPS,
 )  # fmt: skip
 #: For sm_90, in one dtype.
-VARIANTS: dict[torch.dtype, tuple[Pointwise | Rows | Step, ...]] = {
+VARIANTS: dict[torch.dtype, tuple[Pointwise | Rows | Step | Clip, ...]] = {
     FLOAT: (
         Pointwise(MSE, ODD, "sum"),
         Pointwise(L1, ODD, "none"),

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from cases import INTERPRETED
@@ -27,6 +28,7 @@ from ahead_cases import (
     ADAM,
     BFLOAT,
     CASES,
+    CPU,
     DOUBLE,
     FLOAT,
     HALF,
@@ -37,6 +39,7 @@ from ahead_cases import (
     VOCABULARY,
     WHOLE,
     Case,
+    Clip,
     Pointwise,
     Rows,
     Step,
@@ -44,6 +47,8 @@ from ahead_cases import (
     of,
 )
 
+from fastopt.kernels import triton as backend
+from fastopt.kernels.gradients import Gradients
 from fastopt.kernels.layout import ClassAxis
 from fastopt.kernels.triton.compiler import OPTIONS
 from fastopt.kernels.triton.cross_entropy import tiling
@@ -195,6 +200,26 @@ def test_step_accesses(case: Case) -> None:
         assert max(edge) < 16, "at an edge, or where addresses are not multiples of 16"
 
 
+@pytest.mark.parametrize("case", of(Clip), ids=str)
+def test_clip_accesses(case: Case) -> None:
+    """Whole blocks 16 bytes at a time, each element once."""
+    codes = [code for code in compiled(case) if code.name.endswith("_blocks")]
+    assert [code.name for code in codes] in (["fold_blocks", "scale_blocks"], ["clamp_blocks"])
+    for code in codes:
+        share = code.constants["BLOCK"] // code.threads * case.dtype.itemsize
+        folds = code.name == "fold_blocks"
+        words = (
+            "tl.load(tl.multiple_of(start" if folds else "tl.load(places).to",
+            "tl.store(places, ",
+        )
+        for kind, within in zip(("load", "store")[: 2 - folds], words, strict=False):
+            found = widths(code, kind, within)
+            found = {words: each for words, each in found.items() if "mask=" not in words}
+            (inside,) = found.values()
+            assert sum(inside) == share, (code, found)
+            assert min(inside) >= 16
+
+
 # -- a target out of bounds -----------------------------------------------------------------
 
 
@@ -210,7 +235,7 @@ def test_assert_is_compiled(case: Case) -> None:
         assert bool(calls) == checks, code
 
 
-@pytest.mark.parametrize("case", [*of(Pointwise), *of(Step)], ids=str)
+@pytest.mark.parametrize("case", [*of(Pointwise), *of(Step), *of(Clip)], ids=str)
 def test_nothing_else_can_fail(case: Case) -> None:
     for code in compiled(case):
         assert not any(re.search("__assertfail|s_trap", i.text) for i in code.instructions)
@@ -296,6 +321,20 @@ def test_number_of_tensors_is_no_constant() -> None:
 
     found = kernels(functools.partial(step, n) for n in (1, 2, 3, 7, 16, 32, 100, 160, 1001))
     assert found == {"derive": 3, "update_blocks": 3}
+
+
+def test_norms_are_no_constants() -> None:
+    """Nor limits, nor the number of tensors."""
+
+    def clip(most: float, tensors: int) -> None:
+        grads = Gradients(CPU, FLOAT, np.zeros(tensors, np.int64), np.arange(tensors + 1) * 5000)
+        backend.scale_all(grads, most, backend.total_norm(grads, 2.0))
+        backend.clamp_all(grads, most)
+
+    counts = (1, 2, 3, 7, 16, 32, 100, 160, 1001)
+    found = kernels(functools.partial(clip, 0.0 + n % 3, n) for n in counts)
+    assert found["fold_blocks"] == found["scale_blocks"] == found["clamp_blocks"] == 3
+    assert found["finish_norm"] <= 3
 
 
 # -- block sizes ----------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from children import ROOT, run
 
 import fastopt
 from fastopt.nn._operations import FUNCTIONS, MODULES
+from fastopt.nn.utils.clip_grad import FUNCTIONS as CLIPPING
 from fastopt.optim._operations import OPTIMIZERS
 
 DOCS = ROOT / "docs"
@@ -161,6 +162,7 @@ def documented() -> dict[str, Any]:
     public: dict[str, Any] = {name: getattr(fastopt, name) for name in fastopt.__all__}
     public |= {f"nn.{name}": kind for name, kind in MODULES.items()}
     public |= {f"nn.functional.{name}": function for name, function in FUNCTIONS.items()}
+    public |= {f"nn.utils.{name}": function for name, function in CLIPPING.items()}
     public |= {f"optim.{name}": kind for name, kind in OPTIMIZERS.items()}
     return {f"fastopt.{name}": p for name, p in public.items() if ">>>" in (p.__doc__ or "")}
 

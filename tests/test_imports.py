@@ -20,15 +20,28 @@ from children import ROOT, run, run_code
 
 import fastopt
 from fastopt.nn._operations import FUNCTIONS, MODULES
+from fastopt.nn.utils.clip_grad import FUNCTIONS as CLIPPING
 from fastopt.optim._operations import OPTIMIZERS
 
 #: Modules of fastopt with the names of one of torch's, and what they have of their own.
 PAIRS: list[tuple[ModuleType, ModuleType, dict[str, Any]]] = [
-    (fastopt.nn, torch.nn, {**MODULES, "functional": fastopt.nn.functional}),
+    (
+        fastopt.nn,
+        torch.nn,
+        {**MODULES, "functional": fastopt.nn.functional, "utils": fastopt.nn.utils},
+    ),
     (fastopt.nn.functional, torch.nn.functional, FUNCTIONS),
     (fastopt.optim, torch.optim, OPTIMIZERS),
+    (fastopt.nn.utils, torch.nn.utils, {**CLIPPING, "clip_grad": fastopt.nn.utils.clip_grad}),
+    (
+        fastopt.nn.utils.clip_grad,
+        torch.nn.utils.clip_grad,
+        {name: CLIPPING[name] for name in ("clip_grad_norm_", "clip_grad_value_")},
+    ),
 ]
-EACH_PAIR = pytest.mark.parametrize(("ours", "theirs", "own"), PAIRS, ids=["nn", "F", "optim"])
+EACH_PAIR = pytest.mark.parametrize(
+    ("ours", "theirs", "own"), PAIRS, ids=["nn", "F", "optim", "utils", "clip_grad"]
+)
 
 LINES = """
 import fastopt.nn as nn
@@ -98,7 +111,7 @@ def test_import_line(line: str) -> None:
         assert mine.keys() >= its.keys()
     else:
         assert mine.keys() == renamed
-    known = {**FUNCTIONS, **MODULES, **OPTIMIZERS}
+    known = {**FUNCTIONS, **MODULES, **OPTIMIZERS, **CLIPPING}
     for name in mine.keys() & its.keys() - {"__builtins__"}:
         a, b = mine[name], its[name]
         if name in known:
@@ -129,7 +142,10 @@ def test_names_for_completion(ours: ModuleType, theirs: ModuleType, own: dict[st
 @EACH_PAIR
 def test_a_name_that_is_nowhere(ours: ModuleType, theirs: ModuleType, own: dict[str, Any]) -> None:
     """The error is about fastopt's module, and suggests a name."""
-    near = {"nn": "Linaer", "functional": "reul", "optim": "Adma"}[ours.__name__.split(".")[-1]]
+    near = {
+        "nn": "Linaer", "functional": "reul", "optim": "Adma", "utils": "skip_inti",
+        "clip_grad": "clip_grad_nrom_",
+    }[ours.__name__.split(".")[-1]]  # fmt: skip
     with pytest.raises(AttributeError) as caught:
         getattr(ours, near)
     assert str(caught.value) == f"module '{ours.__name__}' has no attribute '{near}'"

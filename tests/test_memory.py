@@ -120,10 +120,7 @@ def large_gradient(functional: Any = ours, rows: int = ROWS) -> Tensor:
 
 
 @linux
-def test_empty_cache_gives_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastopt.kernels.numba import memory
-
-    monkeypatch.setattr(memory, "kept_bytes", lambda: 4 * LARGE)  # whatever else the machine does
+def test_empty_cache_gives_memory_back() -> None:
     large_gradient()  # whatever the first call allocates besides
     gc.collect()  # what is in a cycle with a gradient would give its memory back later
     fastopt.empty_cache()

@@ -12,6 +12,8 @@ from ._operations import MODULES
 if TYPE_CHECKING:  # to type checkers all of it is torch's, typos included
     from torch.nn import *  # noqa: F403
 else:
-    from . import functional
+    from . import functional, utils
 
-    __all__, __getattr__, __dir__ = _names(_torchs, {**MODULES, "functional": functional})
+    __all__, __getattr__, __dir__ = _names(
+        _torchs, {**MODULES, "functional": functional, "utils": utils}
+    )

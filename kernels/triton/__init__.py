@@ -14,9 +14,11 @@ from ..operation import Options
 from . import cross_entropy, flat, gather, rows
 from .multi_tensor import describe_step
 from .multi_tensor import launcher as step_launcher
+from .norm import clamp_all, scale_all, total_norm
 
 __all__ = [
-    "backward", "describe", "describe_step", "empty_cache", "forward", "number_of", "step_launcher",
+    "backward", "clamp_all", "describe", "describe_step", "empty_cache", "forward", "number_of",
+    "scale_all", "step_launcher", "total_norm",
 ]  # fmt: skip
 
 _loops = Loops(flat, rows, cross_entropy, gather)

@@ -1,2 +1,0 @@
-# For type checkers. At run time it is torch's own module.
-from torch.nn.utils.clip_grad import *
