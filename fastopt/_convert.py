@@ -17,6 +17,7 @@ from .front.call import LossModule
 from .nn._operations import MODULES
 from .optim._operations import OPTIMIZERS
 from .optim._planned import PlannedStep
+from .optim.swa_utils import AveragedModel
 
 __all__ = ["convert"]
 
@@ -33,8 +34,9 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
 
     Args:
         subject: an optimizer whose class is torch's own and one that fastopt has, too; or a
-            module, of which every loss changes whose class fastopt has, itself included. Losses
-            called as functions in a forward are no modules, and stay torch's.
+            module, of which every loss changes whose class fastopt has, itself included, and so
+            does an AveragedModel. Losses called as functions in a forward are no modules, and
+            stay torch's.
         to: "fastopt" or "torch".
 
     Returns:
@@ -59,7 +61,7 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
         if not (to == "fastopt" and isinstance(subject, PlannedStep)):  # a subclass of ours, too
             _convert_optimizer(subject, _twins(OPTIMIZERS, to))
     elif isinstance(subject, torch.nn.Module):
-        _convert_modules(subject, _twins(MODULES, to), to)
+        _convert_modules(subject, _twins({**MODULES, "AveragedModel": AveragedModel}, to), to)
     else:
         raise TypeError(
             f"cannot convert an object of {_name(type(subject))} "
@@ -125,6 +127,7 @@ def _convert_modules(subject: torch.nn.Module, twins: _Twins, to: str) -> None:
     for path, module in subject.named_modules():
         kind = type(module)
         if kind in twins and "forward" not in vars(module):
+            vars(module).pop("_averager", None)
             module.__class__ = twins[kind]
         elif kind not in twins.values() and (why := _why_left(module, twins, to)):
             left.append(f"{path or 'the module itself'} ({why})")

@@ -22,13 +22,16 @@ import fastopt
 from fastopt.nn._operations import FUNCTIONS, MODULES
 from fastopt.optim._operations import OPTIMIZERS
 
+AVERAGES = {"AveragedModel": fastopt.optim.swa_utils.AveragedModel}
 #: Modules of fastopt with the names of one of torch's, and what they have of their own.
 PAIRS: list[tuple[ModuleType, ModuleType, dict[str, Any]]] = [
     (fastopt.nn, torch.nn, {**MODULES, "functional": fastopt.nn.functional}),
     (fastopt.nn.functional, torch.nn.functional, FUNCTIONS),
-    (fastopt.optim, torch.optim, OPTIMIZERS),
+    (fastopt.optim, torch.optim, {**OPTIMIZERS, "swa_utils": fastopt.optim.swa_utils}),
+    (fastopt.optim.swa_utils, torch.optim.swa_utils, AVERAGES),
 ]
-EACH_PAIR = pytest.mark.parametrize(("ours", "theirs", "own"), PAIRS, ids=["nn", "F", "optim"])
+NAMES = ["nn", "F", "optim", "swa_utils"]
+EACH_PAIR = pytest.mark.parametrize(("ours", "theirs", "own"), PAIRS, ids=NAMES)
 
 LINES = """
 import fastopt.nn as nn
@@ -98,7 +101,7 @@ def test_import_line(line: str) -> None:
         assert mine.keys() >= its.keys()
     else:
         assert mine.keys() == renamed
-    known = {**FUNCTIONS, **MODULES, **OPTIMIZERS}
+    known = {**FUNCTIONS, **MODULES, **OPTIMIZERS, **AVERAGES}
     for name in mine.keys() & its.keys() - {"__builtins__"}:
         a, b = mine[name], its[name]
         if name in known:
@@ -129,7 +132,9 @@ def test_names_for_completion(ours: ModuleType, theirs: ModuleType, own: dict[st
 @EACH_PAIR
 def test_a_name_that_is_nowhere(ours: ModuleType, theirs: ModuleType, own: dict[str, Any]) -> None:
     """The error is about fastopt's module, and suggests a name."""
-    near = {"nn": "Linaer", "functional": "reul", "optim": "Adma"}[ours.__name__.split(".")[-1]]
+    near = {"nn": "Linaer", "functional": "reul", "optim": "Adma", "swa_utils": "SWARL"}[
+        ours.__name__.split(".")[-1]
+    ]
     with pytest.raises(AttributeError) as caught:
         getattr(ours, near)
     assert str(caught.value) == f"module '{ours.__name__}' has no attribute '{near}'"

@@ -22,14 +22,14 @@ from ..kernels.tables import DIFFERENT, SAME, Launch, Tables, Traced
 from ._averaging import Rule, rule_of
 from ._bucket import picker
 from ._members import Members, is_walked_as_usual
-from ._memory import hold_storages, others_may_run
+from ._memory import Place, find_sharing, hold_storages, others_may_run
 from ._planner import Keeper
 from ._proof import Proof, increment_versions
 from ._seams import around
 
 __all__ = ["Averager"]
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _CPU = torch.device("cpu")
 
 
@@ -93,12 +93,18 @@ def _specials(average: Tensor, value: Tensor) -> list[str]:
     return []
 
 
+def _placed(tensors: list[Tensor]) -> list[tuple[Place, Tensor]]:
+    return [(Place(k, ""), t) for k, t in enumerate(tensors) if type(t) in _PLAIN]
+
+
 def sort(operation: str, pairs: Pairs, special: Sequence[str]) -> list[Share]:
     """The pairs sorted by kind, and who serves each. special: what is so of all of them.
 
     Raises:
         BackendUnavailable: the backend insisted on can't serve what is to be averaged.
     """
+    if not special and find_sharing(_placed(pairs.averages), _placed(pairs.values)):
+        special = ["averages and parameters that share memory"]  # so that their order counts
     places: dict[Kind, list[int]] = {}
     for place, (average, value) in enumerate(zip(pairs.averages, pairs.values, strict=False)):
         places.setdefault(_kind_of(average, value, special), []).append(place)
@@ -188,12 +194,14 @@ class Plan:
         self._buckets = [
             Bucket(share, pairs, rule) for share in shares if share.decision.backend != "reference"
         ]
-        self._torchs = [
+        torchs = [
             (place, share.kind)
             for share in shares
             if share.decision.backend == "reference"
             for place in share.places
         ]
+        self._rest = [(place, kind) for place, kind in torchs if place < pairs.averaged]
+        self._copied = picker([p for p, _ in torchs if p >= pairs.averaged], count)
         self._pick = picker([k for bucket in self._buckets for k in bucket.places], count)
         self._proof: Proof | None = None
         if self._buckets:
@@ -213,7 +221,7 @@ class Plan:
         """Prove that the plan is still true, and take in new addresses; None if it isn't."""
         if self.about(pairs, rule) != self._about:
             return None
-        for place, kind in self._torchs:
+        for place, kind in self._rest:  # torch's no longer than the reason holds
             if _kind_of(pairs.averages[place], pairs.values[place], ()) != kind:
                 return None
         written, read, storages = self._pick(pairs.averages), self._pick(pairs.values), []
@@ -229,17 +237,26 @@ class Plan:
     def run(self, model: Any, pairs: Pairs, rule: Rule, found: Found) -> None:
         """Average, or copy if nothing has been averaged yet."""
         averaged: Tensor = model._buffers["n_averaged"]
-        rest = [place for place, _ in self._torchs if place < pairs.averaged]
-        row: Sequence[float | Tensor] = rule.row(averaged)
-        if rest:
-            _by_torch(model, averaged, pairs, rest)
+        row = rule.row(averaged)
+        if self._rest:
+            _by_torch(model, averaged, pairs, [place for place, _ in self._rest])
         for bucket in self._buckets:
             bucket.run(row)
         increment_versions(found.written)
-        for place, _ in self._torchs:
-            if place >= pairs.averaged:
-                pairs.averages[place].detach().copy_(pairs.values[place].detach())
+        _copy(self._copied(pairs.averages), self._copied(pairs.values))
         averaged.add_(1)
+
+
+def _copy(averages: list[Tensor], values: list[Tensor]) -> None:
+    """By torch, as counters of batches and the like are."""
+    if not averages:
+        return
+    if _PLAIN.issuperset(map(type, chain(averages, values))):
+        with torch.no_grad():
+            torch._foreach_copy_(averages, values)
+        return
+    for average, value in zip(averages, values, strict=True):
+        average.detach().copy_(value.detach().to(average.device))
 
 
 class _Some:
@@ -295,16 +312,29 @@ class Averager(Keeper[Plan]):
                 self.plan = None  # stays so if the next line raises
                 plan = Plan(model._operation, pairs, rule, special)
                 found = plan.look(pairs, rule)
-                if found is None:  # tensors that share memory, so that their order counts
-                    if dispatch.insisted() is not None:
-                        sort(model._operation, pairs, ["averages and parameters that share memory"])
+                if found is None:  # all share memory, or another thread has changed something
                     return False
                 self.plan = plan
             assert self.plan is not None
             self.plan.run(model, pairs, rule, found)
             return True
 
-    def _ask(self, model: Any, source: Module) -> tuple[Rule | None, Pairs, list[str]]:
+    def decisions(self, model: Any, source: Module) -> tuple[Decision, ...]:
+        """Who serves what is averaged."""
+        with self._lock:
+            _, pairs, special = self._ask(model, source, explained=True)
+            return tuple(
+                dispatch.describe(
+                    share.decision, "describe_step", share.kind.average,
+                    [pairs.averages[place].numel() for place in share.places],
+                )
+                for share in sort(model._operation, pairs, special)
+                if share.places[0] < pairs.averaged
+            )  # fmt: skip
+
+    def _ask(
+        self, model: Any, source: Module, explained: bool = False
+    ) -> tuple[Rule | None, Pairs, list[str]]:
         """How to average what, and why only torch can do it."""
         special = around()
         if torch.is_inference_mode_enabled():
@@ -314,7 +344,7 @@ class Averager(Keeper[Plan]):
             special.append("a number of averaged models of its own")
         if model._parameters or len(model._modules) != 1 or not is_walked_as_usual(model):
             special.append("parameters of its own")
-        if special and dispatch.insisted() is None:
+        if special and (dispatch.insisted() is None or module is None) and not explained:
             return None, Pairs([], [], 0), special
         averages, buffers = self._ours.find(module)
         values, other_buffers = self._theirs.find(source)

@@ -9,6 +9,7 @@ from torch.nn import Module
 from torch.optim import swa_utils as _torchs
 
 from .._torchs import names as _names
+from ..dispatch import Decision
 from ._averages import Averager, TorchsAveragedModel
 
 if TYPE_CHECKING:  # to type checkers all else is torch's
@@ -71,11 +72,17 @@ class AveragedModel(TorchsAveragedModel):  # type: ignore[no-redef]
         if torch.compiler.is_compiling():
             super().update_parameters(model)
             return
+        if not self._averages().update(self, model):
+            super().update_parameters(model)
+
+    def _averages(self) -> Averager:
         averager: Averager | None = self.__dict__.get("_averager")
         if averager is None:
             averager = self.__dict__.setdefault("_averager", Averager())
-        if not averager.update(self, model):
-            super().update_parameters(model)
+        return averager
+
+    def _decisions(self, model: Module) -> tuple[Decision, ...]:
+        return self._averages().decisions(self, model)
 
 
 if not TYPE_CHECKING:
