@@ -205,8 +205,8 @@ def test_small_steps_of_halves_need_float32() -> None:
 def test_infinities_and_nan(rule: str, dtype: torch.dtype) -> None:
     """And the largest numbers, whose difference overflows. The first update copies whatever is."""
     largest = torch.finfo(dtype).max
-    numbers = torch.tensor([0.0, 1.0, largest, -largest, float("inf"), -float("inf"), float("nan")])
-    numbers = numbers.clamp(-largest, largest).where(numbers.isfinite(), numbers).to(dtype)
+    inf = float("inf")
+    numbers = torch.tensor([0.0, 1.0, largest, -largest, inf, -inf, float("nan")], dtype=dtype)
     before, after = (t.flatten() for t in torch.meshgrid(numbers, numbers, indexing="ij"))
     model = nn.ParameterList([torch.full((49,), float("nan"), dtype=dtype)])
     mine, its = averages(rule, model)
@@ -406,7 +406,8 @@ def test_a_model_changes(how: Callable[[Any], None], side: str) -> None:
         outcomes.append((average, error))
     (mine, my_error), (its, their_error) = outcomes
     assert my_error == their_error
-    assert_same(mine, its, 8)
+    if my_error is None:  # an error of torch's leaves what kernels average as it was
+        assert_same(mine, its, 8)
 
 
 def test_a_wrapped_model() -> None:
@@ -432,8 +433,7 @@ class Hidden(nn.Linear):
         return iter(())
 
 
-@pytest.mark.parametrize("kind", [Few, Hidden])
-@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(("kind", "inside"), [(Few, False), (Few, True), (Hidden, True)])
 def test_a_model_that_is_walked_otherwise(kind: type, inside: bool) -> None:
     model = nn.Sequential(kind(3, 3), nn.Linear(2, 2)) if inside else kind(3, 3)
     mine, its = averages(EMA, model)
@@ -514,12 +514,12 @@ def test_kinds_that_only_torch_averages(torchs_calls: list[str]) -> None:
             "complex": Parameter(torch.randn(3, dtype=torch.complex64)),
             "plain": Parameter(torch.randn(5)),
             "gaps": Parameter(torch.randn(4, 6)[:, ::2]),
-            "half": Parameter(torch.randn(7).double()),
+            "wide": Parameter(torch.randn(7).double()),
         }
     )
     mine, its = averages("ema of one", model)
     for average in (mine, its):  # from float64: torch has to do it
-        average.module["half"].data = average.module["half"].data.half()
+        average.module["wide"].data = average.module["wide"].data.half()
         average.module["gaps"].data = torch.randn(4, 6)[:, ::2]
     for _ in range(3):
         change(nn.ParameterList([p for k, p in model.items() if k != "complex"]))
