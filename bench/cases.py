@@ -1,4 +1,4 @@
-"""What is measured: one row a loss or optimizer at one size."""
+"""What is measured: one row a loss, optimizer or average at one size."""
 
 from __future__ import annotations
 
@@ -66,6 +66,30 @@ class OptimizerRow:
         optimizer = kind([Parameter(torch.empty(1))], **self.options)
         states = len(optimizer._active(optimizer.param_groups[0]))
         return self.size * self.dtype.itemsize * (3 + 2 * states)
+
+
+@dataclass(frozen=True)
+class AverageRow:
+    """An exponential average of a model of so many layers, each a weight and a bias this wide."""
+
+    name: str
+    layers: int
+    width: int
+    quick: bool = False
+    operation: str = "AveragedModel"
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return ((self.width,),) * (2 * self.layers)
+
+    @property
+    def size(self) -> int:
+        return 2 * self.layers * self.width
+
+    @property
+    def floor(self) -> int:
+        """Bytes: average and parameter read, the average written."""
+        return 3 * 4 * self.size
 
 
 def _labelled(*shape: int, dtype: torch.dtype, last: bool) -> Make:
@@ -241,4 +265,10 @@ OPTIMIZERS = [
     OptimizerRow("SGD like ResNet-50", "SGD", _RESNET50, _MOMENTUM),
 ]  # fmt: skip
 
-ROWS: dict[str, LossRow | OptimizerRow] = {row.name: row for row in (*LOSSES, *OPTIMIZERS)}
+AVERAGES = [
+    AverageRow("EMA 300 tensors of 16", 150, 16, quick=True),
+    AverageRow("EMA 2 tensors of 8388608", 1, 1 << 23),
+]
+
+Row = LossRow | OptimizerRow | AverageRow
+ROWS: dict[str, Row] = {row.name: row for row in (*LOSSES, *OPTIMIZERS, *AVERAGES)}

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as theirs
-from cases import ROWS, LossRow, OptimizerRow
+from cases import ROWS, AverageRow, LossRow, OptimizerRow, Row
 from report import LARGE
 from timer import Seconds, Timed, timed
 from torch.nn import Parameter
@@ -75,12 +75,27 @@ def _optimizer(row: OptimizerRow, module: ModuleType, compiled: bool, **how: Any
     )
 
 
-def make(row: LossRow | OptimizerRow, name: str) -> Contender:
+def _average(row: AverageRow, module: ModuleType) -> Contender:
+    torch.manual_seed(0)
+    model = torch.nn.ModuleList([torch.nn.LayerNorm(row.width) for _ in range(row.layers)])
+    ema = module.swa_utils.get_ema_multi_avg_fn(0.99)
+    average = module.swa_utils.AveragedModel(model, multi_avg_fn=ema)
+    average.update_parameters(model)  # which copies
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    return Contender(
+        lambda: average.update_parameters(model), lambda: [p.detach() for p in average.parameters()]
+    )
+
+
+def make(row: Row, name: str) -> Contender:
     """One contender of a row, on data that is the same for each."""
     if isinstance(row, LossRow):
         function = getattr(ours if name == FASTOPT else theirs, row.operation)
         return _loss(row, torch.compile(function) if name == COMPILED else function)
     module = fastopt.optim if name == FASTOPT else torch.optim
+    if isinstance(row, AverageRow):
+        return _average(row, module)
     how = {"torch foreach": {"foreach": True}, "torch fused": {"fused": True}}.get(name, {})
     return _optimizer(row, module, name == COMPILED, **how)
 
@@ -89,9 +104,11 @@ def _parameters(optimizer: str) -> Iterable[str]:
     return inspect.signature(getattr(torch.optim, optimizer)).parameters
 
 
-def names(row: LossRow | OptimizerRow, full: bool) -> list[str]:
+def names(row: Row, full: bool) -> list[str]:
     """The contenders; compiled ones only if full."""
     found = [FASTOPT, TORCH]
+    if isinstance(row, AverageRow):
+        return found
     if isinstance(row, OptimizerRow):
         found += ["torch foreach"] + ["torch fused"] * ("fused" in _parameters(row.operation))
     elif row.size >= LARGE and sys.platform == "linux":
@@ -99,8 +116,8 @@ def names(row: LossRow | OptimizerRow, full: bool) -> list[str]:
     return found + [COMPILED] * full
 
 
-def expect(row: LossRow | OptimizerRow) -> list[torch.Tensor]:
-    """What is right: of losses by torch in float64, of optimizers by torch."""
+def expect(row: Row) -> list[torch.Tensor]:
+    """What is right: of losses by torch in float64, of all else by torch."""
     right = make(row, TORCH)
     if isinstance(row, LossRow):
         right = _loss(row, getattr(theirs, row.operation), torch.float64)
@@ -108,7 +125,7 @@ def expect(row: LossRow | OptimizerRow) -> list[torch.Tensor]:
     return [t.clone() for t in right.results()]
 
 
-def check(row: LossRow | OptimizerRow, contender: Contender, expected: list[torch.Tensor]) -> None:
+def check(row: Row, contender: Contender, expected: list[torch.Tensor]) -> None:
     """Results are right, or an AssertionError."""
     for mine, its in zip(contender.results(), expected, strict=True):
         digits = torch.finfo(mine.dtype)
@@ -123,7 +140,7 @@ def check(row: LossRow | OptimizerRow, contender: Contender, expected: list[torc
 class Elsewhere:
     """A contender in a process of its own; to be closed."""
 
-    def __init__(self, row: LossRow | OptimizerRow, name: str) -> None:
+    def __init__(self, row: Row, name: str) -> None:
         self._process = subprocess.Popen(
             (sys.executable, __file__, row.name, name),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,

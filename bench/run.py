@@ -23,7 +23,7 @@ from typing import Any
 
 import report
 import torch
-from cases import ROWS, LossRow, OptimizerRow
+from cases import ROWS, LossRow, Row
 from contenders import FASTOPT, HUGE_PAGES, TORCH, Elsewhere, check, expect, make, names
 from steps import STEPS
 from steps import measure as measure_step
@@ -58,7 +58,7 @@ def _resident(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(row: LossRow | OptimizerRow, seconds: float, full: bool) -> dict[str, Any]:
+def measure(row: Row, seconds: float, full: bool) -> dict[str, Any]:
     """One line of the result."""
     contenders: dict[str, Timed] = {}
     failed: dict[str, str] = {}
@@ -101,7 +101,7 @@ def measure(row: LossRow | OptimizerRow, seconds: float, full: bool) -> dict[str
         "times_copy": copy and mine / copy,
         **(
             {"microseconds_per_tensor": mine * 1e6 / len(row.shapes)}
-            if isinstance(row, OptimizerRow)
+            if not isinstance(row, LossRow)
             else {}
         ),
     }
