@@ -1,4 +1,4 @@
-"""What is measured: one row a loss or optimizer at one size."""
+"""What is measured: one row a loss, optimizer or average at one size."""
 
 from __future__ import annotations
 
@@ -93,7 +93,31 @@ class ClipRow:
         return self.size * 4 * (3 if self.scales else 1)
 
 
-Row = LossRow | OptimizerRow | ClipRow
+@dataclass(frozen=True)
+class AverageRow:
+    """An exponential average of a model of so many layers, each a weight and a bias this wide."""
+
+    name: str
+    layers: int
+    width: int
+    quick: bool = False
+    operation: str = "AveragedModel"
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return ((self.width,),) * (2 * self.layers)
+
+    @property
+    def size(self) -> int:
+        return 2 * self.layers * self.width
+
+    @property
+    def floor(self) -> int:
+        """Bytes: average and parameter read, the average written."""
+        return 3 * 4 * self.size
+
+
+Row = LossRow | OptimizerRow | ClipRow | AverageRow
 
 
 def _labelled(*shape: int, dtype: torch.dtype, last: bool) -> Make:
@@ -275,4 +299,9 @@ CLIPS = [
     for name, shapes, quick in _SIZES
 ]
 
-ROWS: dict[str, Row] = {row.name: row for row in (*LOSSES, *OPTIMIZERS, *CLIPS)}
+AVERAGES = [
+    AverageRow("EMA 300 tensors of 16", 150, 16, quick=True),
+    AverageRow("EMA 2 tensors of 8388608", 1, 1 << 23),
+]
+
+ROWS: dict[str, Row] = {row.name: row for row in (*LOSSES, *OPTIMIZERS, *CLIPS, *AVERAGES)}

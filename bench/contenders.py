@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as theirs
-from cases import ROWS, ClipRow, LossRow, OptimizerRow, Row
+from cases import ROWS, AverageRow, ClipRow, LossRow, OptimizerRow, Row
 from report import LARGE
 from timer import Seconds, Timed, timed
 from torch.nn import Parameter
@@ -85,6 +85,19 @@ def _clip(row: ClipRow, module: ModuleType, dtype: torch.dtype = torch.float32) 
     return Contender(lambda: clip(params, most), lambda: grads)
 
 
+def _average(row: AverageRow, module: ModuleType) -> Contender:
+    torch.manual_seed(0)
+    model = torch.nn.ModuleList([torch.nn.LayerNorm(row.width) for _ in range(row.layers)])
+    ema = module.swa_utils.get_ema_multi_avg_fn(0.99)
+    average = module.swa_utils.AveragedModel(model, multi_avg_fn=ema)
+    average.update_parameters(model)  # which copies
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    return Contender(
+        lambda: average.update_parameters(model), lambda: [p.detach() for p in average.parameters()]
+    )
+
+
 def make(row: Row, name: str) -> Contender:
     """One contender of a row, on data that is the same for each."""
     if isinstance(row, LossRow):
@@ -93,6 +106,8 @@ def make(row: Row, name: str) -> Contender:
     if isinstance(row, ClipRow):
         return _clip(row, fastopt.nn.utils if name == FASTOPT else torch.nn.utils)
     module = fastopt.optim if name == FASTOPT else torch.optim
+    if isinstance(row, AverageRow):
+        return _average(row, module)
     how = {"torch foreach": {"foreach": True}, "torch fused": {"fused": True}}.get(name, {})
     return _optimizer(row, module, name == COMPILED, **how)
 
@@ -104,7 +119,7 @@ def _parameters(optimizer: str) -> Iterable[str]:
 def names(row: Row, full: bool) -> list[str]:
     """The contenders; compiled ones only if full."""
     found = [FASTOPT, TORCH]
-    if isinstance(row, ClipRow):
+    if isinstance(row, ClipRow | AverageRow):
         return found
     if isinstance(row, OptimizerRow):
         found += ["torch foreach"] + ["torch fused"] * ("fused" in _parameters(row.operation))
@@ -114,7 +129,7 @@ def names(row: Row, full: bool) -> list[str]:
 
 
 def expect(row: Row) -> list[torch.Tensor]:
-    """What is right: of optimizers by torch, of all else by torch in float64."""
+    """What is right: by torch, of losses and clipping in float64."""
     right = make(row, TORCH)
     if isinstance(row, LossRow):
         right = _loss(row, getattr(theirs, row.operation), torch.float64)

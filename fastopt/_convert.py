@@ -20,6 +20,7 @@ from .nn._operations import MODULES
 from .nn.utils.clip_grad import FUNCTIONS as CLIPPING
 from .optim._operations import OPTIMIZERS
 from .optim._planned import PlannedStep
+from .optim.swa_utils import AveragedModel
 
 __all__ = ["convert"]
 
@@ -43,9 +44,9 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
 
     Args:
         subject: an optimizer whose class is torch's own and one that fastopt has, too; or a
-            module, of which every loss changes whose class fastopt has, itself included. Losses
-            called as functions in a forward are no modules, and stay torch's. Or
-            `torch.nn.utils`.
+            module, of which every loss changes whose class fastopt has, itself included, and so
+            does an AveragedModel. Losses called as functions in a forward are no modules, and
+            stay torch's. Or `torch.nn.utils`.
         to: "fastopt" or "torch".
 
     Returns:
@@ -73,7 +74,7 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
         if not (to == "fastopt" and isinstance(subject, PlannedStep)):  # a subclass of ours, too
             _convert_optimizer(subject, _twins(OPTIMIZERS, to))
     elif isinstance(subject, torch.nn.Module):
-        _convert_modules(subject, _twins(MODULES, to), to)
+        _convert_modules(subject, _twins({**MODULES, "AveragedModel": AveragedModel}, to), to)
     elif subject is torch.nn.utils:
         _convert_clipping(to)
     else:
@@ -141,6 +142,7 @@ def _convert_modules(subject: torch.nn.Module, twins: _Twins, to: str) -> None:
     for path, module in subject.named_modules():
         kind = type(module)
         if kind in twins and "forward" not in vars(module):
+            vars(module).pop("_averager", None)
             module.__class__ = twins[kind]
         elif kind not in twins.values() and (why := _why_left(module, twins, to)):
             left.append(f"{path or 'the module itself'} ({why})")

@@ -10,6 +10,7 @@ from .front.call import LossModule
 from .nn._operations import FUNCTIONS, MODULES
 from .optim._operations import OPTIMIZERS
 from .optim._planned import PlannedStep
+from .optim.swa_utils import AveragedModel
 
 __all__ = ["Explanation", "explain"]
 
@@ -31,7 +32,8 @@ def explain(subject: Any, /, *args: Any, **kwargs: Any) -> Explanation:
     Args:
         subject: a fastopt loss module or function, followed by the arguments of its call; or
             a fastopt optimizer. Parameters that have no gradient yet count as if they had
-            one of their own dtype and layout.
+            one of their own dtype and layout. Or a fastopt AveragedModel, followed by the model
+            that ``update_parameters`` is given.
 
     Returns:
         A tuple of :class:`fastopt.dispatch.Decision` that prints as the explanation.
@@ -48,11 +50,16 @@ def explain(subject: Any, /, *args: Any, **kwargs: Any) -> Explanation:
         if args or kwargs:
             raise TypeError("an optimizer is explained by itself, without further arguments")
         return Explanation(subject._decisions())
+    if isinstance(subject, AveragedModel):
+        return Explanation(subject._decisions(*args, **kwargs))
     if isinstance(subject, LossModule) and not hasattr(subject, "decide"):
         kwargs, subject = {**subject._options(), **kwargs}, type(subject)._function
     if hasattr(subject, "decide"):
         return Explanation((subject.decide(*args, **kwargs),))
-    known = {"fastopt.nn": MODULES, "fastopt.nn.functional": FUNCTIONS, "fastopt.optim": OPTIMIZERS}
+    known = {
+        "fastopt.nn": MODULES, "fastopt.nn.functional": FUNCTIONS, "fastopt.optim": OPTIMIZERS,
+        "fastopt.optim.swa_utils": ["AveragedModel"],
+    }  # fmt: skip
     supported = "; ".join(f"{', '.join(names)} of {module}" for module, names in known.items())
     raise TypeError(
         f"cannot explain an object of {type(subject).__module__}.{type(subject).__name__} "

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 from cases import DEVICE, INTERPRETED
 from hypothesis.internal.conjecture import providers
+from torch.optim import swa_utils
 
 from fastopt import dispatch
 
@@ -74,3 +76,17 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=DEVICE != "cpu")
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def torchs_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What torch's own code has been asked to average: all of a model, or a part."""
+    calls: list[str] = []
+    theirs_own = swa_utils.AveragedModel.update_parameters
+
+    def update(self: Any, model: Any) -> None:
+        calls.append("all" if isinstance(self, torch.nn.Module) else "part")
+        theirs_own(self, model)
+
+    monkeypatch.setattr(swa_utils.AveragedModel, "update_parameters", update)
+    return calls

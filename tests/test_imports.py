@@ -23,6 +23,7 @@ from fastopt.nn._operations import FUNCTIONS, MODULES
 from fastopt.nn.utils.clip_grad import FUNCTIONS as CLIPPING
 from fastopt.optim._operations import OPTIMIZERS
 
+AVERAGES = {"AveragedModel": fastopt.optim.swa_utils.AveragedModel}
 #: Modules of fastopt with the names of one of torch's, and what they have of their own.
 PAIRS: list[tuple[ModuleType, ModuleType, dict[str, Any]]] = [
     (
@@ -31,7 +32,8 @@ PAIRS: list[tuple[ModuleType, ModuleType, dict[str, Any]]] = [
         {**MODULES, "functional": fastopt.nn.functional, "utils": fastopt.nn.utils},
     ),
     (fastopt.nn.functional, torch.nn.functional, FUNCTIONS),
-    (fastopt.optim, torch.optim, OPTIMIZERS),
+    (fastopt.optim, torch.optim, {**OPTIMIZERS, "swa_utils": fastopt.optim.swa_utils}),
+    (fastopt.optim.swa_utils, torch.optim.swa_utils, AVERAGES),
     (fastopt.nn.utils, torch.nn.utils, {**CLIPPING, "clip_grad": fastopt.nn.utils.clip_grad}),
     (
         fastopt.nn.utils.clip_grad,
@@ -39,9 +41,8 @@ PAIRS: list[tuple[ModuleType, ModuleType, dict[str, Any]]] = [
         {name: CLIPPING[name] for name in ("clip_grad_norm_", "clip_grad_value_")},
     ),
 ]
-EACH_PAIR = pytest.mark.parametrize(
-    ("ours", "theirs", "own"), PAIRS, ids=["nn", "F", "optim", "utils", "clip_grad"]
-)
+NAMES = ["nn", "F", "optim", "swa_utils", "utils", "clip_grad"]
+EACH_PAIR = pytest.mark.parametrize(("ours", "theirs", "own"), PAIRS, ids=NAMES)
 
 LINES = """
 import fastopt.nn as nn
@@ -111,7 +112,7 @@ def test_import_line(line: str) -> None:
         assert mine.keys() >= its.keys()
     else:
         assert mine.keys() == renamed
-    known = {**FUNCTIONS, **MODULES, **OPTIMIZERS, **CLIPPING}
+    known = {**FUNCTIONS, **MODULES, **OPTIMIZERS, **AVERAGES, **CLIPPING}
     for name in mine.keys() & its.keys() - {"__builtins__"}:
         a, b = mine[name], its[name]
         if name in known:
@@ -143,8 +144,8 @@ def test_names_for_completion(ours: ModuleType, theirs: ModuleType, own: dict[st
 def test_a_name_that_is_nowhere(ours: ModuleType, theirs: ModuleType, own: dict[str, Any]) -> None:
     """The error is about fastopt's module, and suggests a name."""
     near = {
-        "nn": "Linaer", "functional": "reul", "optim": "Adma", "utils": "skip_inti",
-        "clip_grad": "clip_grad_nrom_",
+        "nn": "Linaer", "functional": "reul", "optim": "Adma", "swa_utils": "SWARL",
+        "utils": "skip_inti", "clip_grad": "clip_grad_nrom_",
     }[ours.__name__.split(".")[-1]]  # fmt: skip
     with pytest.raises(AttributeError) as caught:
         getattr(ours, near)

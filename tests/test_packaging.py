@@ -38,12 +38,13 @@ NAMES = {
     fastopt.nn: {*MODULES, "functional"},
     fastopt.nn.functional: {*FUNCTIONS_OF_NN},
     fastopt.optim: {*OPTIMIZERS},
+    fastopt.optim.swa_utils: {"AveragedModel"},
 }  # fmt: skip
 TWINS: list[tuple[type, type]] = [
     (getattr(ours, name), getattr(theirs, name))
     for ours, theirs in ((fastopt.nn, torch.nn), (fastopt.optim, torch.optim))
     for name in sorted(NAMES[ours] - {"functional"})
-]
+] + [(fastopt.optim.swa_utils.AveragedModel, torch.optim.swa_utils.AveragedModel)]
 FUNCTIONS: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
     (getattr(fastopt.nn.functional, name), getattr(torch.nn.functional, name))
     for name in sorted(NAMES[fastopt.nn.functional])
@@ -174,6 +175,7 @@ def test_class_is_torchs_but_for_what_it_computes(ours: type, theirs: type) -> N
     assert inspect.signature(ours) == inspect.signature(theirs)
     assert inspect.signature(ours.__init__) == inspect.signature(theirs.__init__)
     method = "step" if issubclass(ours, torch.optim.Optimizer) else "forward"
+    method = "update_parameters" if ours.__name__ == "AveragedModel" else method
     mine, its = (inspect.signature(getattr(c, method)) for c in (ours, theirs))
     assert plain(mine) == plain(its)
 

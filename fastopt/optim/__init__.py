@@ -12,4 +12,6 @@ from ._operations import OPTIMIZERS
 if TYPE_CHECKING:  # to type checkers all of it is torch's, typos included
     from torch.optim import *  # noqa: F403
 else:
-    __all__, __getattr__, __dir__ = _names(_torchs, OPTIMIZERS)
+    from . import swa_utils
+
+    __all__, __getattr__, __dir__ = _names(_torchs, {**OPTIMIZERS, "swa_utils": swa_utils})

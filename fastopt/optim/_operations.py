@@ -1,4 +1,4 @@
-"""All optimizers, found by their files: each file of this folder is one."""
+"""All optimizers, found by their files: each file of this folder is one, but `swa_utils`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ __all__ = ["OPTIMIZERS"]
 OPTIMIZERS: dict[str, type[PlannedStep]] = {}
 
 for _file in sorted(f.name for f in pkgutil.iter_modules([str(Path(__file__).parent)])):
-    if not _file.startswith("_"):
+    if _file != "swa_utils" and not _file.startswith("_"):
         _module = importlib.import_module(f".{_file}", __package__)
         OPTIMIZERS |= {name: getattr(_module, name) for name in _module.__all__}

@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from ._planned import PlannedStep
 
 _ATTEMPTS = 1000
+_Plan = TypeVar("_Plan")
 
 
-class Planner:
+class Keeper(Generic[_Plan]):
     """Keeps a plan. Copies and pickles of it are as new: a plan is about this process's memory.
 
-    A launch reads a table that the next step writes to, so two threads that step one optimizer
+    A launch reads a table that the next one writes to, so two threads that follow one plan
     take turns. A step within a step of the same thread goes on.
 
     Attributes:
@@ -29,16 +30,20 @@ class Planner:
     """
 
     def __init__(self) -> None:
-        self.plan: StepPlan | None = None
-        self._lock = threading.RLock()
+        self.renew()
         _all.add(self)
 
-    def __reduce__(self) -> tuple[type[Planner], tuple[()]]:
-        return Planner, ()
+    def __reduce__(self) -> tuple[type[Keeper[_Plan]], tuple[()]]:
+        return type(self), ()
 
     def renew(self) -> None:
         """Begin anew, in a forked child: the thread that has the lock may not exist there."""
-        self.plan, self._lock = None, threading.RLock()
+        self.plan: _Plan | None = None
+        self._lock = threading.RLock()
+
+
+class Planner(Keeper[StepPlan]):
+    """An optimizer's."""
 
     def step(
         self,
@@ -70,12 +75,12 @@ class Planner:
         raise RuntimeError("parameters, gradients or states keep changing while a step is planned")
 
 
-_all: weakref.WeakSet[Planner] = weakref.WeakSet()
+_all: weakref.WeakSet[Keeper[Any]] = weakref.WeakSet()
 
 
 def _renew_all() -> None:
-    for planner in _all:
-        planner.renew()
+    for keeper in _all:
+        keeper.renew()
 
 
 if hasattr(os, "register_at_fork"):

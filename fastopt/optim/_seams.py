@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.optim import Optimizer
 from torch.utils._device import DeviceContext
 
-__all__ = ["circumstances", "torchs_parts"]
+__all__ = ["around", "circumstances", "torchs_parts"]
 
 
 # Names of their own, for what every step has to ask.
@@ -59,8 +59,8 @@ def _names(function: Callable[..., Any]) -> tuple[str, ...]:
     return code.co_names if code is not None else ()
 
 
-def circumstances(optimizer: Any) -> tuple[str, ...]:
-    """Why torch's own step has to be taken, in words; most often nothing."""
+def around() -> list[str]:
+    """What there is around a call that only torch's own code follows, in words."""
     reasons = []
     if _function_modes() and _has_function_mode():
         reasons.append("a torch function mode")
@@ -70,6 +70,12 @@ def circumstances(optimizer: Any) -> tuple[str, ...]:
         reasons.append("forward-mode differentiation")
     if _dispatch_modes() or _tracing_state() is not None:
         reasons.append("tracing")
+    return reasons
+
+
+def circumstances(optimizer: Any) -> tuple[str, ...]:
+    """Why torch's own step has to be taken, in words; most often nothing."""
+    reasons = around()
     kind, parts, own = type(optimizer), torchs_parts(optimizer._operation), vars(optimizer)
     for name, method in parts.methods:
         found = getattr(kind, name, None)

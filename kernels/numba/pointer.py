@@ -104,7 +104,7 @@ def emit_load(builder: Any, typ: Pointer, pointer: Any, index: Any, width: int =
 
 
 def _widen(builder: Any, typ: Pointer, value: Any, width: int = 1) -> Any:
-    """What is in memory as the numbers to compute with."""
+    """What is in memory as the numbers to compute with, which float64 is rounded to."""
     if typ.element == "bfloat16":  # the upper half of a float32
         wide = builder.zext(value, _many(ir.IntType(32), width))
         wide = builder.shl(wide, _constant(wide, 16))
@@ -116,6 +116,8 @@ def _widen(builder: Any, typ: Pointer, value: Any, width: int = 1) -> Any:
         value = builder.zext(value, _many(ir.IntType(64), width))
     if typ.compute == types.float64 and typ.element != "float64":
         value = builder.fpext(value, _many(ir.DoubleType(), width))
+    elif typ.compute == types.float32 and typ.element == "float64":
+        value = builder.fptrunc(value, _many(ir.FloatType(), width))
     return value
 
 
@@ -126,6 +128,8 @@ def emit_store(
         # Halves by way of float32 too: CPUs convert from there, and from float64 LLVM
         # would call a library function that a JIT process doesn't have.
         value = builder.fptrunc(value, _many(ir.FloatType(), width))
+    elif typ.compute == types.float32 and typ.element == "float64":
+        value = builder.fpext(value, _many(ir.DoubleType(), width))
     if typ.element == "float16":
         value = builder.fptrunc(value, _many(ir.HalfType(), width))
         value = builder.bitcast(value, _many(ir.IntType(16), width))

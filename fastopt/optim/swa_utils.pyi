@@ -1,2 +1,0 @@
-# For type checkers. At run time it is torch's own module.
-from torch.optim.swa_utils import *
