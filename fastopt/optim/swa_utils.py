@@ -10,13 +10,30 @@ from torch.optim import swa_utils as _torchs
 
 from .._torchs import names as _names
 from ..dispatch import Decision
-from ._averages import Averager, TorchsAveragedModel
+from ._averages import Averager
 
 if TYPE_CHECKING:  # to type checkers all else is torch's
-    from torch.optim.swa_utils import *  # noqa: F403
+    from torch.optim.swa_utils import (
+        SWALR as SWALR,
+    )  # fmt: skip
+    from torch.optim.swa_utils import (
+        get_ema_avg_fn as get_ema_avg_fn,
+    )
+    from torch.optim.swa_utils import (
+        get_ema_multi_avg_fn as get_ema_multi_avg_fn,
+    )
+    from torch.optim.swa_utils import (
+        get_swa_avg_fn as get_swa_avg_fn,
+    )
+    from torch.optim.swa_utils import (
+        get_swa_multi_avg_fn as get_swa_multi_avg_fn,
+    )
+    from torch.optim.swa_utils import (
+        update_bn as update_bn,
+    )
 
 
-class AveragedModel(TorchsAveragedModel):  # type: ignore[no-redef]
+class AveragedModel(_torchs.AveragedModel):
     r"""A model whose parameters are averages of another one's (EMA, SWA), updated in one launch.
 
     The first ``update_parameters`` copies. Each further one, of parameters p of the model after n
