@@ -13,24 +13,12 @@ from ..dispatch import Decision
 from ._averages import Averager
 
 if TYPE_CHECKING:  # to type checkers all else is torch's
-    from torch.optim.swa_utils import (
-        SWALR as SWALR,
-    )  # fmt: skip
-    from torch.optim.swa_utils import (
-        get_ema_avg_fn as get_ema_avg_fn,
-    )
-    from torch.optim.swa_utils import (
-        get_ema_multi_avg_fn as get_ema_multi_avg_fn,
-    )
-    from torch.optim.swa_utils import (
-        get_swa_avg_fn as get_swa_avg_fn,
-    )
-    from torch.optim.swa_utils import (
-        get_swa_multi_avg_fn as get_swa_multi_avg_fn,
-    )
-    from torch.optim.swa_utils import (
-        update_bn as update_bn,
-    )
+    from torch.optim.swa_utils import SWALR as SWALR
+    from torch.optim.swa_utils import get_ema_avg_fn as get_ema_avg_fn
+    from torch.optim.swa_utils import get_ema_multi_avg_fn as get_ema_multi_avg_fn
+    from torch.optim.swa_utils import get_swa_avg_fn as get_swa_avg_fn
+    from torch.optim.swa_utils import get_swa_multi_avg_fn as get_swa_multi_avg_fn
+    from torch.optim.swa_utils import update_bn as update_bn
 
 
 class AveragedModel(_torchs.AveragedModel):
