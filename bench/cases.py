@@ -45,7 +45,11 @@ class LossRow:
 
 @dataclass(frozen=True)
 class OptimizerRow:
-    """A step of an optimizer over tensors of these shapes, in this many groups."""
+    """A step of an optimizer over tensors of these shapes, in this many groups.
+
+    Attributes:
+        clip: the norm that gradients are scaled down to in the step, or before it.
+    """
 
     name: str
     operation: str
@@ -54,6 +58,7 @@ class OptimizerRow:
     groups: int = 1
     dtype: torch.dtype = torch.float32
     quick: bool = False
+    clip: float | None = None
 
     @property
     def size(self) -> int:
@@ -61,11 +66,12 @@ class OptimizerRow:
 
     @property
     def floor(self) -> int:
-        """Bytes: parameter and states read and written once, the gradient read once."""
+        """Bytes: parameter and states read and written once, the gradient read once, or twice."""
         kind: Any = KINDS[self.operation]
         optimizer = kind([Parameter(torch.empty(1))], **self.options)
         states = len(optimizer._active(optimizer.param_groups[0]))
-        return self.size * self.dtype.itemsize * (3 + 2 * states)
+        reads = 1 if self.clip is None else 2
+        return self.size * self.dtype.itemsize * (2 + reads + 2 * states)
 
 
 @dataclass(frozen=True)
@@ -289,6 +295,10 @@ OPTIMIZERS = [
         for d in (BF16, F64)
     ],
     OptimizerRow("Adam 100 groups of one", "Adam", ((16,),) * 100, groups=100, quick=True),
+    *[
+        OptimizerRow(f"AdamW clipped {name}", "AdamW", shapes, quick=quick, clip=0.1)
+        for name, shapes, quick in _SIZES
+    ],
     OptimizerRow("AdamW like GPT-2", "AdamW", _GPT2),
     OptimizerRow("SGD like ResNet-50", "SGD", _RESNET50, _MOMENTUM),
 ]  # fmt: skip

@@ -69,10 +69,22 @@ def _optimizer(row: OptimizerRow, module: ModuleType, compiled: bool, **how: Any
     for p in params:
         p.grad = torch.randn_like(p)
     groups = [{"params": params[k :: row.groups]} for k in range(row.groups)]
+    limits = row.clip is not None and module is fastopt.optim
+    how |= {"max_grad_norm": row.clip} if limits else {}
     step = getattr(module, row.operation)(groups, **row.options, **how).step
+    if row.clip is not None and not limits:
+        step = _after_clipping(params, row.clip, step)
     return Contender(
         torch.compile(step) if compiled else step, lambda: [p.detach() for p in params]
     )
+
+
+def _after_clipping(params: list[Parameter], most: float, step: Callable[[], Any]) -> Any:
+    def clip_and_step() -> None:
+        torch.nn.utils.clip_grad_norm_(params, most)
+        step()
+
+    return clip_and_step
 
 
 def _clip(row: ClipRow, module: ModuleType, dtype: torch.dtype = torch.float32) -> Contender:

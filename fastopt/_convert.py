@@ -59,7 +59,7 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
     Raises:
         TypeError: an optimizer of another class (of a subclass, too, whose own ways could be
             lost), or whose `step` has been replaced; or something else than all of these.
-        ValueError: another `to`.
+        ValueError: another `to`; or an optimizer with a max_grad_norm, which would be lost.
 
     Example:
         >>> optimizer = fastopt.convert(optimizer)
@@ -72,7 +72,7 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
         raise ValueError(f"to={to!r} (supported: 'fastopt', 'torch')")
     if isinstance(subject, Optimizer):
         if not (to == "fastopt" and isinstance(subject, PlannedStep)):  # a subclass of ours, too
-            _convert_optimizer(subject, _twins(OPTIMIZERS, to))
+            _convert_optimizer(subject, _twins(OPTIMIZERS, to), to)
     elif isinstance(subject, torch.nn.Module):
         _convert_modules(subject, _twins({**MODULES, "AveragedModel": AveragedModel}, to), to)
     elif subject is torch.nn.utils:
@@ -99,7 +99,7 @@ def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _convert_optimizer(optimizer: Any, twins: _Twins) -> None:
+def _convert_optimizer(optimizer: Any, twins: _Twins, to: str) -> None:
     kind = type(optimizer)
     if kind in twins.values():
         return
@@ -115,6 +115,12 @@ def _convert_optimizer(optimizer: Any, twins: _Twins) -> None:
         raise TypeError(
             f"cannot convert an object of {_name(kind)} whose step has been replaced by "
             f"{replaced!r}, which would go on to call the old one; convert it before that"
+        )
+    limit = vars(optimizer).get("max_grad_norm")
+    if limit is not None and to == "torch":
+        raise ValueError(
+            f"cannot convert an optimizer with max_grad_norm={limit}, which torch's does not have, "
+            "to torch; set it to None first, and call clip_grad_norm_ before its steps"
         )
     vars(optimizer).pop("_planner", None)
     optimizer.__class__ = twins[kind]

@@ -172,8 +172,11 @@ def test_operations_are_the_public_names() -> None:
 def test_class_is_torchs_but_for_what_it_computes(ours: type, theirs: type) -> None:
     assert issubclass(ours, theirs)
     assert ours.__name__ == theirs.__name__
-    assert inspect.signature(ours) == inspect.signature(theirs)
-    assert inspect.signature(ours.__init__) == inspect.signature(theirs.__init__)
+    for mine, its in ((ours, theirs), (ours.__init__, theirs.__init__)):  # type: ignore[misc]
+        found = list(inspect.signature(mine).parameters.values())
+        if issubclass(ours, torch.optim.Optimizer):
+            assert found.pop().name == "max_grad_norm"
+        assert found == list(inspect.signature(its).parameters.values())
     method = "step" if issubclass(ours, torch.optim.Optimizer) else "forward"
     method = "update_parameters" if ours.__name__ == "AveragedModel" else method
     mine, its = (inspect.signature(getattr(c, method)) for c in (ours, theirs))

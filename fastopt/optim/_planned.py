@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from .. import dispatch
 from ..dispatch import Decision
 from ..kernels.operation import Update
+from ._clipping import check_limit, divisor, norm_of, with_limit
 from ._hooks import with_hooks
 from ._kinds import default_counter, fits_torchs_fused, group_specials
 from ._planner import Planner
@@ -59,10 +60,16 @@ class PlannedStep(Optimizer):
     #: whether torch takes tensors as hyperparameters with foreach=True and without capturable
     _foreach_takes_tensors: ClassVar[bool] = True
 
+    #: the norm that the gradients of a step are scaled down to, all alike; None if they aren't.
+    max_grad_norm: float | None = None
+    #: their norm before that, in the last step that had a max_grad_norm: a 0-d tensor
+    grad_norm: Tensor | None = None
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "_operation" in vars(cls):
             cls._slots, cls._scalars = cls._record.slots, cls._record.scalars
+            cls.__init__ = with_limit(cls.__init__)  # type: ignore[method-assign]
             torchs_parts(cls._operation)  # now, before anyone can have replaced some
 
     def _active(self, group: Group) -> tuple[str, ...]:
@@ -155,9 +162,13 @@ class PlannedStep(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling():
+            if self.max_grad_norm is not None:
+                params = [p for group in self.param_groups for p in group["params"]]
+                self.grad_norm = torch.nn.utils.clip_grad_norm_(params, self.max_grad_norm)
             self._torch_step()
             return loss
-        if dispatch.insisted() in (None, "reference") and circumstances(self):
+        is_torchs = dispatch.insisted() in (None, "reference") and circumstances(self)
+        if is_torchs and self.max_grad_norm is None:
             self._torch_step()
             return loss
         # Left here by a GradScaler, if fused=True.
@@ -167,20 +178,45 @@ class PlannedStep(Optimizer):
                 grad_scale = found_inf = None
             elif not all(group.get("fused") for group in self.param_groups):
                 raise AssertionError("Expected grad_scale and found_inf to be None")  # as torch's
+        if self.max_grad_norm is not None:
+            grad_scale = self._clip(grad_scale)
 
         def by_reference(params: list[Tensor]) -> None:
             with self._unscaled(params, grad_scale):
                 self._torch_step(params)
 
+        if is_torchs:
+            if found_inf is None or not found_inf.item():
+                by_reference([p for group in self.param_groups for p in group["params"]])
+            return loss
         planner: Planner | None = self.__dict__.get("_planner")
         if planner is None:
             planner = self.__dict__.setdefault("_planner", Planner())
         planner.step(self, by_reference, grad_scale, found_inf)
         return loss
 
+    def _clip(self, grad_scale: Tensor | None) -> Tensor | None:
+        """Note the gradients' norm; what is to divide them, a GradScaler's scale included."""
+        most = self.max_grad_norm
+        check_limit(most)
+        if any(group.get("differentiable") for group in self.param_groups):
+            raise ValueError(
+                f"max_grad_norm={most} with differentiable=True, through which nothing would flow "
+                "back (supported: clip_grad_norm_ before the step)"
+            )
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        if most is None or not grads:
+            return grad_scale
+        self.grad_norm = norm_of(grads, grad_scale)
+        return divisor(self.grad_norm, most, grad_scale)
+
+    def __getstate__(self) -> dict[str, Any]:
+        limit = {} if self.max_grad_norm is None else {"max_grad_norm": self.max_grad_norm}
+        return {**super().__getstate__(), **limit}
+
     @contextmanager
     def _unscaled(self, params: list[Tensor], grad_scale: Tensor | None) -> Iterator[None]:
-        """Gradients divided by a GradScaler's scale, the tensors themselves left as they are.
+        """Gradients divided by a number, the tensors themselves left as they are.
 
         Torch's step does so itself only where it is the fused one; any other refuses.
         """
@@ -189,7 +225,7 @@ class PlannedStep(Optimizer):
         scaled = [] if grad_scale is None else [(p, p.grad) for p in params]
         try:
             for p, grad in scaled:
-                p.grad = None if grad is None else grad / grad_scale.to(p.device)  # type: ignore[union-attr]
+                p.grad = None if grad is None else grad / grad_scale.to(grad.device)  # type: ignore[union-attr]
             yield
         finally:
             self.__dict__.update(left)

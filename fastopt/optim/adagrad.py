@@ -50,6 +50,8 @@ class Adagrad(PlannedStep, torch.optim.Adagrad):
         foreach, fused: torch's choices among its own implementations. The compiled step, one launch
             for all tensors, stands for each of them.
         differentiable: step within autograd; runs torch's own code.
+        max_grad_norm: the norm that a step scales its gradients down to, all alike, or None;
+            they stay as they are, and their norm is then in ``grad_norm``.
 
     Parameters may be float64, float32, bfloat16 or float16, of any dense layout; all others
     are updated by torch's own code. ``explain`` says which.

@@ -80,6 +80,8 @@ class Adam(PlannedStep, torch.optim.Adam):
             one launch for all tensors, stands for each of them.
         capturable: count steps on the GPU, so that a step can be captured in a CUDA graph.
         differentiable: step within autograd; runs torch's own code.
+        max_grad_norm: the norm that a step scales its gradients down to, all alike, or None;
+            they stay as they are, and their norm is then in ``grad_norm``.
 
     Parameters may be float64, float32, bfloat16 or float16, of any dense layout; all others
     are updated by torch's own code. ``explain`` says which.

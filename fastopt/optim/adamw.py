@@ -16,8 +16,8 @@ class AdamW(PlannedStep, torch.optim.AdamW):
     r"""Adam with decoupled weight decay, p ← p · (1 - lr · weight_decay) before the update.
 
     Args:
-        params, lr, betas, eps, amsgrad, maximize, foreach, capturable, differentiable, fused:
-            as in :class:`fastopt.optim.Adam`, whose rule it shares.
+        params, lr, betas, eps, amsgrad, maximize, foreach, capturable, differentiable, fused,
+            max_grad_norm: as in :class:`fastopt.optim.Adam`, whose rule it shares.
         weight_decay: as above (default: 1e-2).
 
     Raises:
