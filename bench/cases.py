@@ -68,7 +68,7 @@ class OptimizerRow:
     def floor(self) -> int:
         """Bytes: parameter and states read and written once, the gradient read once, or twice."""
         kind: Any = KINDS[self.operation]
-        optimizer = kind([Parameter(torch.empty(1))], **self.options)
+        optimizer = kind([Parameter(torch.empty(1, 1))], **self.options)
         states = len(optimizer._active(optimizer.param_groups[0]))
         reads = 1 if self.clip is None else 2
         return self.size * self.dtype.itemsize * (2 + reads + 2 * states)
@@ -282,7 +282,9 @@ _SIZES: tuple[tuple[str, tuple[tuple[int, ...], ...], bool], ...] = (
     ("100 tensors of 10000", ((10_000,),) * 100, False),
     ("16777216", ((1 << 24,),), True),
 )
-_OPTIONS: dict[str, Any] = {name: kind._record.variants[-1] for name, kind in KINDS.items()}
+_OPTIONS: dict[str, Any] = {
+    name: kind._record.variants[-1] for name, kind in KINDS.items() if name != "Muon"
+}
 OPTIMIZERS = [
     *[
         OptimizerRow(f"{operation} {name}", operation, shapes, options, quick=quick)
@@ -299,6 +301,8 @@ OPTIMIZERS = [
         OptimizerRow(f"AdamW clipped {name}", "AdamW", shapes, quick=quick, clip=0.1)
         for name, shapes, quick in _SIZES
     ],
+    OptimizerRow("Muon 48 matrices of 128", "Muon", ((128, 128),) * 48, quick=True),
+    OptimizerRow("Muon 12 matrices of 512", "Muon", ((512, 512),) * 12),
     OptimizerRow("AdamW like GPT-2", "AdamW", _GPT2),
     OptimizerRow("SGD like ResNet-50", "SGD", _RESNET50, _MOMENTUM),
 ]  # fmt: skip

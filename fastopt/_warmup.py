@@ -43,7 +43,7 @@ def jobs(
     for name in [n for n in OPTIMIZERS if n in only]:
         for options in OPTIMIZERS[name]._record.variants:
             for size in _SIZES:
-                p = torch.nn.Parameter(torch.zeros(size, dtype=dtype))
+                p = torch.nn.Parameter(torch.zeros(64, size // 64, dtype=dtype))
                 p.grad = torch.zeros_like(p)
                 yield name, OPTIMIZERS[name]([p], **options).step
 

@@ -21,6 +21,7 @@ from fastopt.nn.l1 import L1
 from fastopt.nn.mse import MSE
 from fastopt.optim._operations import OPTIMIZERS
 from fastopt.optim.adam import AdamUpdate
+from fastopt.optim.muon import OrthogonalUpdate
 from fastopt.optim.rmsprop import RMSpropUpdate
 from fastopt.optim.sgd import SGDUpdate
 
@@ -192,7 +193,7 @@ RMSPROP = tuple(
 #: Those of the others with all of their states.
 OTHERS = tuple(
     Step(record, (True,) * len(record.slots))
-    for record in dict.fromkeys(kind._record for kind in OPTIMIZERS.values())
+    for record in (*dict.fromkeys(k._record for k in OPTIMIZERS.values()), OrthogonalUpdate)
     if record not in (SGDUpdate, AdamUpdate, RMSpropUpdate)
 )
 STEPS = (*SGD, *ADAM, *RMSPROP, *OTHERS)

@@ -23,9 +23,10 @@ from torch.testing._internal.common_optimizers import OptimizerInfo, optim_db
 
 import fastopt
 
-INFOS: list[OptimizerInfo] = [
-    info for info in optim_db if info.name in fastopt.optim._operations.OPTIMIZERS
-]
+_OURS = [info for info in optim_db if info.name in fastopt.optim._operations.OPTIMIZERS]
+#: Those that take matrices and nothing else, and those that take parameters of any shape.
+MATRICES: list[OptimizerInfo] = [info for info in _OURS if info.name == "Muon"]
+INFOS: list[OptimizerInfo] = [info for info in _OURS if info not in MATRICES]
 EACH = pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
 FLAGS = ("foreach", "fused", "capturable", "differentiable")
 COMPLEX = (torch.complex64, torch.complex128)
@@ -118,7 +119,7 @@ class Race:
         options: dict[str, Any],
         grouped: Callable[[list[Parameter]], list[Any]] = list,
     ) -> None:
-        loop = {k: v for k, v in options.items() if k not in FLAGS} | {"foreach": False}
+        loop = {k: v for k, v in options.items() if k not in FLAGS} | accepted(name, foreach=False)
         oracle = {k: numbers(v) for k, v in loop.items()}
         self.params = [params, replica(params), replica(params, wide=True)]
         modules = fastopt.optim, torch.optim, torch.optim

@@ -92,7 +92,8 @@ def test_insisting() -> None:
 @pytest.mark.parametrize("operation", fastopt.optim._operations.OPTIMIZERS)
 def test_optimizers(operation: str, backward: bool, loaded: list[str]) -> None:
     """A decision a bucket: here two dtypes, and a parameter that torch has to update."""
-    params = [torch.randn(5), torch.randn(4, 3), torch.randn(7).double(), torch.randn(4, 6)[:, ::2]]
+    params = [torch.randn(s) for s in ((1, 5), (4, 3), (1, 7), (4, 6))]
+    params = [*params[:2], params[2].double(), params[3][:, ::2]]
     params = [p.requires_grad_() for p in params]
     optimizer = getattr(fastopt.optim, operation)(params, lr=0.1)
     if backward:

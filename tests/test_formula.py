@@ -14,8 +14,12 @@ import torch
 from fastopt.kernels.formula import without
 from fastopt.kernels.operation import Update
 from fastopt.optim._operations import OPTIMIZERS
+from fastopt.optim.muon import OrthogonalUpdate
 
-UPDATES: list[type[Update]] = [optimizer._record for optimizer in OPTIMIZERS.values()]
+UPDATES: list[type[Update]] = [
+    *[optimizer._record for optimizer in OPTIMIZERS.values()],
+    OrthogonalUpdate,
+]
 
 
 def optional(record: type[Update]) -> list[str]:

@@ -18,6 +18,7 @@ from race import (
     FLAGGED,
     FLAGGED_IDS,
     INFOS,
+    MATRICES,
     Race,
     every_input,
     flags_of,
@@ -47,7 +48,8 @@ def close_enough(race: Race, rounded: bool) -> None:
 
 
 def test_torch_tests_each_of_them() -> None:
-    assert sorted(info.name for info in INFOS) == sorted(fastopt.optim._operations.OPTIMIZERS)
+    names = [info.name for info in (*INFOS, *MATRICES)]
+    assert sorted(names) == sorted(fastopt.optim._operations.OPTIMIZERS)
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, *COMPLEX], ids=str)

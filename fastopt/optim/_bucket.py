@@ -104,7 +104,7 @@ class Bucket:
         cells = self._tables.addresses.ctypes.data + 8 * entries
         self.written_cells, self.grad_cells = cells[lines].ravel(), cells[-2]
         self._some = self._all = True  # of the gradients are there
-        self._launch: Launch | None = None
+        self._launch: Callable[..., None] | None = None
         self._launcher = launcher
 
     def written(self, params: list[Tensor], states: list[Any]) -> list[Any]:
@@ -179,7 +179,10 @@ class Bucket:
         elif self._some:
             if self._launch is None:
                 self._launch = self._launcher(self._tables)
-            self._launch(grad_scale, found_inf)
+            if optimizer._sees_params:
+                self._launch([params[place] for place in self.places], grad_scale, found_inf)
+            else:
+                self._launch(grad_scale, found_inf)
         self._tables.traced.clear()
 
     def increment_versions(self, written: list[Any], held: list[Any], grads: list[Any]) -> None:

@@ -55,7 +55,7 @@ class Kind(NamedTuple):
 @functools.cache
 def _torchs_defaults(operation: str) -> tuple[dict[str, Any], tuple[tuple[str, int], ...]]:
     """An optimizer's defaults in torch; of those that are numbers, how many, 0 for one alone."""
-    defaults: dict[str, Any] = getattr(torch.optim, operation)([torch.zeros(1)]).defaults
+    defaults: dict[str, Any] = getattr(torch.optim, operation)([torch.zeros(1, 1)]).defaults
     numbers = tuple(
         (name, len(value) if isinstance(value, tuple) else 0)
         for name, value in defaults.items()

@@ -93,12 +93,8 @@ class StepPlan:
             if share.decision.backend == "reference":
                 members += share.members
             else:
-                kind, backend = share.kind, dispatch.load(share.decision.backend)
-                slots = (kind.param, *kind.slots)
-                launcher = backend.step_launcher(
-                    optimizer._record, slots, kind.scalars, kind.grad, kind.step
-                )
-                compiled.append((share, launcher))
+                backend = dispatch.load(share.decision.backend)
+                compiled.append((share, optimizer._launcher(backend, share.kind)))
         self.reference = [m.place for m in members]
         self._sharing = sorting.sharing
         fits = [not group_specials(optimizer, group) for group in optimizer.param_groups]

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 from .. import dispatch
 from ..dispatch import Decision
 from ..kernels.operation import Update
+from ..kernels.tables import Tables
 from ._clipping import check_limit, divisor, norm_of, with_limit
 from ._hooks import with_hooks
-from ._kinds import default_counter, fits_torchs_fused, group_specials
+from ._kinds import Kind, default_counter, fits_torchs_fused, group_specials
 from ._planner import Planner
 from ._seams import circumstances, torchs_parts
 from ._sort import size_of, sort
@@ -51,6 +52,8 @@ class PlannedStep(Optimizer):
     _counts_there: ClassVar[bool] = False
     #: hyperparameters that the kernels take from [0, 1) only
     _rates: ClassVar[tuple[str, ...]] = ()
+    #: whether a launch has to see the parameters, as they are in each step
+    _sees_params: ClassVar[bool] = False
     #: whether the constructor makes the states, so that torch refuses a parameter without them
     _made_early: ClassVar[bool] = False
     #: whether kernels follow what torch does with NumPy's half precision as a hyperparameter
@@ -120,6 +123,14 @@ class PlannedStep(Optimizer):
     def _refuse(self, group: Group) -> str | None:
         """Which of a group's numbers only torch's code takes."""
         return None
+
+    def _launcher(self, backend: Any, kind: Kind) -> Callable[[Tables], Any]:
+        """What launches an update of parameters of one kind, once it is given their tables."""
+        slots = kind.param, *kind.slots
+        launcher: Callable[[Tables], Any] = backend.step_launcher(
+            self._record, slots, kind.scalars, kind.grad, kind.step
+        )
+        return launcher
 
     def _begin(self, name: str, param: Tensor, group: Group) -> Tensor:
         """A state at its beginning."""

@@ -54,7 +54,7 @@ def derive(
         count = tl.load(counter, mask=there, other=0.0)
         taken = there
         if found_inf is not None:
-            taken = there & (tl.load(found_inf) == 0)
+            taken = tl.where(tl.load(found_inf) == 0, there, False)
         tl.store(counter, count + 1, mask=taken)
         now = count.to(tl.float64) + 1
     elif behind is not None:
