@@ -318,13 +318,13 @@ def float32_gradient() -> Parameter:
 
 
 def tied(operation: str) -> Iterable[Decision]:
-    memory = torch.randn(10)
+    memory = torch.randn(10, 1)
     params = [Parameter(memory[:6]), Parameter(memory[4:])]
     return fastopt.explain(getattr(fastopt.optim, operation)(params))
 
 
 DEFAULTS = {
-    name: getattr(torch.optim, name)([torch.zeros(1)]).defaults
+    name: getattr(torch.optim, name)([torch.zeros(1, 1)]).defaults
     for name in fastopt.optim._operations.OPTIMIZERS
 }
 

@@ -189,7 +189,8 @@ def test_zero_gradients(info: OptimizerInfo) -> None:
     """And no weight decay: no change."""
     params = parameters(*FLOATS)
     start = replica(params)
-    optimizer = getattr(fastopt.optim, info.name)(params, **accepted(info.name, weight_decay=0))
+    still = accepted(info.name, weight_decay=0, lambd=0)
+    optimizer = getattr(fastopt.optim, info.name)(params, **still)
     for _ in range(3):
         for p in params:
             p.grad = torch.zeros_like(p)

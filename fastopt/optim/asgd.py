@@ -15,20 +15,24 @@ __all__ = ["ASGD"]
 
 
 class ASGDUpdate(Update):
-    """rate is this step's η, share the average's μ, kept the factor on the parameter."""
+    """rate is this step's η, share the average's μ, kept the factor on the parameter.
+
+    rounds is 1 if a new η is rounded to the counter's dtype, whatever its own is.
+    """
 
     lr: float
     lambd: float
     alpha: float
     t0: float
     weight_decay: float
+    rounds: float
     scalars = ("eta", "mu")
     derived = ("rate", "share", "kept")
 
     def next_numbers(h, step: Any, eta: Any, mu: Any) -> Any:
         rate = h.lr / m.power(1.0 + h.lambd * h.lr * step, h.alpha)
         share = 1.0 / m.maximum(step - h.t0, 1.0)
-        return m.rounded(rate, step), m.rounded(share, step)
+        return m.where(h.rounds != 0.0, m.rounded(rate, step), rate), m.rounded(share, step)
 
     def at_step(h, step: Any, eta: Any, mu: Any, next_eta: Any, next_mu: Any) -> Any:
         return eta, mu, 1.0 - h.lambd * eta
@@ -90,6 +94,19 @@ class ASGD(PlannedStep, torch.optim.ASGD):
     def _refuse(self, group: dict[str, Any]) -> str | None:
         lambd: Any = group["lambd"]
         return None if lambd >= 0 else f"lambd={lambd} below 0"
+
+    def _hyper(self, group: dict[str, Any], begins: bool) -> ASGDUpdate:
+        lr = group["lr"]
+        wide = isinstance(lr, torch.Tensor) and lr.dtype == torch.float64
+        return ASGDUpdate(
+            grad_scale=-1.0 if group["maximize"] else 1.0,
+            lr=lr,
+            lambd=group["lambd"],
+            alpha=group["alpha"],
+            t0=group["t0"],
+            weight_decay=group["weight_decay"],
+            rounds=float(not wide),
+        )
 
     def _first_number(self, name: str, group: dict[str, Any]) -> float:
         return float(_to_scalar(group["lr"])) if name == "eta" else 1.0
