@@ -8,11 +8,13 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -23,11 +25,22 @@ import fastopt
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system can't fork")
 
+
+def on_numbas_threads() -> None:
+    """From here on in this process, as where torch's own threads can't be had."""
+    name = "fastopt.kernels.numba.openmp"
+    assert name not in sys.modules
+    sys.modules[name] = missing = ModuleType(name)
+    missing.entries = lambda: None  # type: ignore[attr-defined]
+
+
 # -- several Python threads -------------------------------------------------------------
 
 
 def threads_at_once(layer: str | None) -> None:
     """The first launches of all kernels, from four threads at a time, and some more."""
+    if layer is not None:
+        on_numbas_threads()
     torch.set_num_threads(2)
     together = threading.Barrier(4)
 
@@ -77,7 +90,9 @@ def in_fork(function: Callable[[], None]) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def fork_after_use() -> None:
+def fork_after_use(layer: str | None) -> None:
+    if layer is not None:
+        on_numbas_threads()
     torch.set_num_threads(2)
     expected = results(0)
 
@@ -97,9 +112,9 @@ def fork_after_use() -> None:
 
 
 @forks
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
-def test_fork_after_use(layer: str) -> None:
-    run(fork_after_use, NUMBA_THREADING_LAYER=layer)
+@pytest.mark.parametrize("layer", [None, "omp", "workqueue"])
+def test_fork_after_use(layer: str | None) -> None:
+    run(fork_after_use, layer, **({} if layer is None else {"NUMBA_THREADING_LAYER": layer}))
 
 
 def fork_while_stepping() -> None:
@@ -245,6 +260,7 @@ def as_many_threads_as_parts() -> None:
     """Of six threads that numba could start, two work; and numba's setting stays."""
     import numba
 
+    on_numbas_threads()
     torch.set_num_threads(2)
     assert_right(results(0), 0)
     assert numba.get_num_threads() == 6
@@ -267,7 +283,27 @@ def test_as_many_threads_as_parts() -> None:
     run(as_many_threads_as_parts, NUMBA_NUM_THREADS="6", NUMBA_THREADING_LAYER="omp")
 
 
+def torchs_threads() -> None:
+    """As many as torch has, and no others."""
+    import numba
+
+    torch.set_num_threads(2)
+    torch.ones(1 << 20).add(1).sum()  # starts them
+    before = len(os.listdir("/proc/self/task"))
+    assert_right(results(0), 0)
+    assert len(os.listdir("/proc/self/task")) == before
+    with pytest.raises(ValueError, match="not initialized"):
+        numba.threading_layer()
+
+
+@linux
+@two_cores
+def test_torchs_threads() -> None:
+    run(torchs_threads)
+
+
 def without_a_layer() -> None:
+    on_numbas_threads()
     torch.set_num_threads(2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -30,10 +30,13 @@ from numba.core import types
 
 from .disk_cache import Cache, _cache_directory
 from .pointer import Pointer
+from .team import IS_TORCHS
 
 CONTRACT = frozenset({"contract"})
 REASSOCIATE = frozenset({"contract", "reassoc", "nsz"})
 _OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+# Wrappers for calls from elsewhere would take a third of the time that the function itself takes.
+_INNER = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 # For functions made by overload. Who says nothing of fastmath inherits it from the first caller.
 FUNCTION_OPTIONS = {**_OPTIONS, "fastmath": set(CONTRACT)}
 EXACT_OPTIONS = {**_OPTIONS, "fastmath": False}
@@ -41,50 +44,67 @@ EXACT_OPTIONS = {**_OPTIONS, "fastmath": False}
 
 def inlined(function: Callable[..., Any]) -> Any:
     """Decorator: a small function that only kernels call, and whose code goes into theirs."""
-    return numba.njit(**FUNCTION_OPTIONS)(function)
+    return numba.njit(fastmath=set(CONTRACT), **_INNER)(function)
 
 
 def exact(function: Callable[..., Any]) -> Any:
     """Decorator: such a function, whose every operation is rounded by itself."""
-    return numba.njit(**EXACT_OPTIONS)(function)
+    return numba.njit(fastmath=False, **_INNER)(function)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Decorator: a compiled function, its machine code cached on disk."""
-    return _compiled(function, CONTRACT)
-
-
-def locked_kernel(function: Callable[..., Any]) -> Any:
-    """Decorator: a kernel that keeps the GIL, since it looks into Python's own objects."""
-    return _compiled(function, CONTRACT, nogil=False)
+    """Decorator: a function that only compiled code calls, part of what is cached there."""
+    return numba.njit(fastmath=set(CONTRACT), **_INNER)(function)
 
 
 def summing_kernel(function: Callable[..., Any]) -> Any:
     """Decorator: a kernel that may add up floats in any order."""
-    return _compiled(function, REASSOCIATE)
+    return numba.njit(fastmath=set(REASSOCIATE), **_INNER)(function)
+
+
+def entry(function: Callable[..., Any]) -> Any:
+    """Decorator: a kernel to be called from Python, its machine code cached on disk."""
+    return _compiled(function, CONTRACT)
+
+
+def locked_entry(function: Callable[..., Any]) -> Any:
+    """Decorator: an entry that keeps the GIL, since it looks into Python's own objects."""
+    return _compiled(function, CONTRACT, nogil=False)
 
 
 def region(function: Callable[..., Any]) -> Region:
-    """Decorator: ``function(parts, *args)`` with a ``prange(parts)``, serial and parallel.
+    """Decorator: ``function(parts, *args)`` that calls `on_threads`, a kernel.
 
-    In the serial form numba reads prange as range, and no thread is ever started.
+    On torch's threads it is one kernel, whether there are several parts or one. Numba's take a
+    parallel form beside the serial one, in which no thread is ever started.
     """
-    # A second name: the cache file is named after the function, and its key leaves out
+    if IS_TORCHS:
+        whole = _compiled(function, CONTRACT)
+        return Region(whole, whole)
+    # Names of their own: the cache file is named after the function, and its key leaves out
     # the compile flags (numba issue 6845).
-    twin = FunctionType(function.__code__, function.__globals__, f"{function.__name__}_parallel")
-    twin.__qualname__ = f"{function.__qualname__}_parallel"
-    return Region(_compiled(function, CONTRACT), _compiled(twin, CONTRACT, parallel=True))
+    serial, parallel = (
+        _named(function, f"{function.__name__}_{k}") for k in ("serial", "parallel")
+    )
+    return Region(_compiled(serial, CONTRACT), _compiled(parallel, CONTRACT, parallel=True))
+
+
+def _named(function: Callable[..., Any], name: str) -> FunctionType:
+    twin = FunctionType(function.__code__, function.__globals__, name)
+    twin.__qualname__ = name
+    return twin
 
 
 class Region(NamedTuple):
-    """The two forms of one parallel region, uncompiled."""
+    """The forms of one region, uncompiled: of one part, and of several."""
 
     serial: Any
     parallel: Any
 
 
 def _compiled(function: Callable[..., Any], fastmath: frozenset[str], **options: bool) -> Any:
-    dispatcher = numba.njit(fastmath=set(fastmath), **{**_OPTIONS, **options})(function)
+    given = {**_OPTIONS, "no_cfunc_wrapper": True, **options}
+    dispatcher = numba.njit(fastmath=set(fastmath), **given)(function)
     if _cache_directory() is not None:
         dispatcher._cache = Cache(function)
     return dispatcher

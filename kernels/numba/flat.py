@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import prange
 from numba.core import types
 
 from ..broadcast import Walk, walk
@@ -33,6 +32,7 @@ from .pointer import load, store
 from .pointers import load_each_or_one, moved, store_products
 from .record import Values, read_record, value_and_slopes
 from .reduction import sum_all
+from .team import on_threads
 from .threads import Launcher, parts_for
 from .vector_math import cast
 
@@ -96,11 +96,9 @@ def flat_all(
     group: int,
 ) -> None:  # fmt: skip
     """loss = the sum of the values / divisor. sums is scratch memory, a number a group."""
-    for part in prange(parts):
-        flat_part(
-            part, parts, numbers, operands, steps, values, grads, upstream, sums, scale, first,
-            second, inner, group,
-        )  # fmt: skip
+    on_threads(flat_part, parts, (
+        numbers, operands, steps, values, grads, upstream, sums, scale, first, second, inner, group,
+    ))  # fmt: skip
     if sums is not None:
         chunks = first * second * ((inner + CHUNK - 1) // CHUNK)
         store(loss, 0, sum_all(sums, (chunks + group - 1) // group) / divisor)

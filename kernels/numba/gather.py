@@ -116,7 +116,7 @@ def backward(
         outer, inner, narrowest = 1, g.outer * g.inner, 1
     width = max(TILE_BYTES // size, narrowest)
     parts = parts_for(input.numel(), GRAIN)
-    wrongs = np.empty(parts)
+    wrongs = np.zeros(parts)
     _launch(
         scatter_all, parts, (target, weight, upstream, flat), wrongs.ctypes.data, scale,
         _number(kept) if options.reduction == "mean" else 1.0, ignore_index, g.classes, outer,

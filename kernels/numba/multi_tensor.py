@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import prange
 from numba.core import types
 
 from ..operation import Update
@@ -22,6 +21,7 @@ from .compiler import dtype_name, kernel, pointer, region
 from .pointer import at, load, store
 from .pointers import as_stored, at_each, cast_for, load_each, store_each
 from .record import Values, at_step, completed, next_numbers, read_record, row_at, update
+from .team import on_threads
 from .threads import Launcher, parts_for
 from .tuples import cast_each, zeros_for
 
@@ -139,8 +139,9 @@ def update_all(
     parts: int, rows: Any, row_of: Any, offsets: Any, table: Any, tensors: int,
     slots: Any, scalars: Any, grads: Any, step: Any,
 ) -> None:  # fmt: skip
-    for part in prange(parts):
-        update_part(part, parts, rows, row_of, offsets, table, tensors, slots, scalars, grads, step)
+    on_threads(
+        update_part, parts, (rows, row_of, offsets, table, tensors, slots, scalars, grads, step)
+    )
     if step is not None:
         count_step(rows, row_of, table, tensors, slots, scalars, step)
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import prange
 from numba.core import types
 
 from ..gradients import Gradients
@@ -22,6 +21,7 @@ from .compiler import dtype_name, kernel, pointer, region, summing_kernel
 from .memory import scratch
 from .pointer import at, load, store
 from .reduction import sum_all
+from .team import on_threads
 from .threads import Launcher, parts_for
 from .vector_math import cast
 
@@ -110,8 +110,7 @@ def norm_of_all(
     parts: int, order: float, offsets: Any, table: Any, tensors: int, grads: Any, sums: Any,
 ) -> Any:  # fmt: skip
     """The norm. sums is scratch memory, a number a block."""
-    for part in prange(parts):
-        fold_part(part, parts, order, offsets, table, tensors, grads, sums)
+    on_threads(fold_part, parts, (order, offsets, table, tensors, grads, sums))
     blocks = (load(offsets, tensors) + BLOCK - 1) // BLOCK
     if order == 2.0:
         return np.sqrt(sum_all(sums, blocks))
@@ -160,8 +159,7 @@ def change_part(
 def change_all(
     parts: int, number: float, clamps: bool, offsets: Any, table: Any, tensors: int, grads: Any,
 ) -> None:  # fmt: skip
-    for part in prange(parts):
-        change_part(part, parts, number, clamps, offsets, table, tensors, grads)
+    on_threads(change_part, parts, (number, clamps, offsets, table, tensors, grads))
 
 
 _index = pointer("int64", 1)

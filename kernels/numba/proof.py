@@ -13,7 +13,7 @@ from numba.core import config, types
 from torch import Tensor
 
 from ..tables import BYTES, CELL, DIFFERENT, EMPTY, ITEMSIZE, KNOWN, MOVED, OTHERS, OWNER, SAME
-from .compiler import locked_kernel, pointer, specialise
+from .compiler import kernel, locked_entry, pointer, specialise
 from .pointer import at, load, store
 from .tensors import (
     INFERENCE,
@@ -31,7 +31,7 @@ from .tensors import (
 __all__ = ["Items", "Words", "available", "increment_versions"]
 
 
-@locked_kernel
+@kernel
 def overlap(starts: Any, ends: Any, spans: int, begin: int, size: int) -> bool:
     """Whether [begin, begin + size) overlaps one of the spans, sorted and apart."""
     low, high = 0, spans  # the first span that ends behind the beginning
@@ -44,7 +44,7 @@ def overlap(starts: Any, ends: Any, spans: int, begin: int, size: int) -> bool:
     return low < spans and load(starts, low) < begin + size
 
 
-@locked_kernel
+@kernel
 def sort_spans(written: Any, writes: int, starts: Any, ends: Any, count: Any) -> bool:
     """Write down what memory a step writes to, in order; whether it overlaps nowhere."""
     spans = 0
@@ -75,7 +75,7 @@ def sort_spans(written: Any, writes: int, starts: Any, ends: Any, count: Any) ->
     return True
 
 
-@locked_kernel
+@locked_entry
 def look_at(
     written_list: int, grads_list: int, none: int, writes: int, written: Any, words: Any,
     tensors: int, grads: Any, grad_words: Any, starts: Any, ends: Any, count: Any, scratch: Any,

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import prange
 from numba.core import types
 
 from ..operation import Options, Rowwise
@@ -25,6 +24,7 @@ from .pointer import load, store
 from .pointers import load_each_or_one, moved, store_products
 from .record import Values, finish, fold, read_record, slopes
 from .reduction import sum_all
+from .team import on_threads
 from .threads import Launcher, parts_for
 from .tuples import added, cast_each, zeros
 
@@ -110,11 +110,10 @@ def rows_all(
     count: int, classes: int, group: int,
 ) -> None:  # fmt: skip
     """loss = the sum of the rows' values / divisor; wrong = 1 if a label is out of bounds."""
-    for part in prange(parts):
-        rows_part(
-            part, parts, numbers, at_class, steps, by_row, labels, values, grads, upstream, sums,
-            wrong, scale, count, classes, group,
-        )  # fmt: skip
+    on_threads(rows_part, parts, (
+        numbers, at_class, steps, by_row, labels, values, grads, upstream, sums, wrong, scale,
+        count, classes, group,
+    ))  # fmt: skip
     if sums is not None:
         store(loss, 0, sum_all(sums, (count + group - 1) // group) / divisor)
 

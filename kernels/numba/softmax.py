@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .compiler import inlined, kernel
+from .compiler import entry, inlined
 from .pointer import load, store
 
 
@@ -54,7 +54,7 @@ def chosen_gradient(p: float, share: float, mass: float, smooth: float) -> float
     return (mass + share) * p - share - smooth
 
 
-@kernel
+@entry
 def check_targets(
     target: Any, weight: Any, ignore_index: int, classes: int, count: int
 ) -> tuple[bool, float]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import prange
 
 from .compiler import inlined, kernel, region
 from .pointer import load, store
@@ -25,6 +24,7 @@ from .softmax_rows import (
     softmax_statistics,
     target_gradient,
 )
+from .team import on_threads
 from .vector_math import cast, log
 
 SEGMENT = 16 * BLOCK
@@ -55,6 +55,78 @@ def combine(
     return top, total, mass, dot
 
 
+@kernel
+def statistics_part(
+    part: int, parts: int, x: Any, probability: Any, weight: Any, smooth: Any, grad: Any,
+    shifts: Any, exps: Any, tops: Any, totals: Any, masses: Any, dots: Any, zero: Any, classes: int,
+    inner: int, rows: int, x_outer: int, x_inner: int, t_outer: int, t_inner: int,
+) -> None:  # fmt: skip
+    blocks, segments = (classes + BLOCK - 1) // BLOCK, (classes + SEGMENT - 1) // SEGMENT
+    pieces = rows * segments
+    for piece in range(part * pieces // parts, (part + 1) * pieces // parts):
+        r, begin = piece // segments, piece % segments * SEGMENT
+        end = min(begin + SEGMENT, classes)
+        row = r // inner * x_outer + r % inner * x_inner
+        base = r // inner * t_outer + r % inner * t_inner
+        at, first = r * classes, r * blocks
+        if exps is None:
+            top, total = softmax_statistics(x, row, begin, end, zero, grad, at, shifts, first)
+        else:
+            top, total = softmax_statistics(x, row, begin, end, zero, exps, at, shifts, first)
+        mass, dot = row_coefficients(
+            x, row, probability, weight, smooth, base, begin, end, reference(top)
+        )  # fmt: skip
+        store(tops, piece, np.float64(top))
+        store(totals, piece, total)
+        store(masses, piece, mass)
+        store(dots, piece, dot)
+
+
+@kernel
+def target_part(
+    part: int, parts: int, x: Any, weight: Any, t_grad: Any, tops: Any, masses: Any, dots: Any,
+    zero: Any, classes: int, inner: int, rows: int, x_outer: int, x_inner: int,
+) -> None:  # fmt: skip
+    segments = (classes + SEGMENT - 1) // SEGMENT
+    pieces = rows * segments
+    for piece in range(part * pieces // parts, (part + 1) * pieces // parts):
+        r, begin = piece // segments, piece % segments * SEGMENT
+        end, s = min(begin + SEGMENT, classes), r * segments
+        row = r // inner * x_outer + r % inner * x_inner
+        target_gradient(
+            x, row, weight, t_grad, r * classes, begin, end, cast(load(tops, s), zero),
+            cast(load(dots, s), zero), cast(load(masses, s), zero),
+        )  # fmt: skip
+
+
+@kernel
+def gradient_part(
+    part: int, parts: int, target: Any, probability: Any, weight: Any, smooth: Any, grad: Any,
+    bad: Any, shifts: Any, exps: Any, tops: Any, totals: Any, masses: Any, dots: Any, zero: Any,
+    ignore_index: int, classes: int, inner: int, rows: int, t_outer: int, t_inner: int,
+) -> None:  # fmt: skip
+    blocks, segments = (classes + BLOCK - 1) // BLOCK, (classes + SEGMENT - 1) // SEGMENT
+    pieces = rows * segments
+    for piece in range(part * pieces // parts, (part + 1) * pieces // parts):
+        r, begin = piece // segments, piece % segments * SEGMENT
+        end = min(begin + SEGMENT, classes)
+        base, at = r // inner * t_outer + r % inner * t_inner, r * classes
+        s = r * segments
+        label, counts = -1, True
+        if target is not None:
+            label = read_label(target, r, ignore_index, classes, bad)
+            counts = label >= 0
+        if counts:
+            row_gradient(
+                exps, at, shifts, r * blocks, probability, weight, smooth, base, grad, at,
+                begin, end, load(tops, s), load(totals, s), cast(load(masses, s), zero),
+            )  # fmt: skip
+            if begin <= label < end:
+                store(grad, at + label, cast(load(dots, s), zero))
+        else:
+            skip_row(grad, at + begin, end - begin, zero)
+
+
 @region
 def softmax_long(
     parts: int, x: Any, target: Any, probability: Any, weight: Any, smooth: Any, losses: Any,
@@ -69,26 +141,11 @@ def softmax_long(
     memory can hold them; tops, totals, masses and dots, for every segment.
     """
     blocks, segments = (classes + BLOCK - 1) // BLOCK, (classes + SEGMENT - 1) // SEGMENT
-    pieces = rows * segments
     store(bad, 0, 0)
-    for part in prange(parts):
-        for piece in range(part * pieces // parts, (part + 1) * pieces // parts):
-            r, begin = piece // segments, piece % segments * SEGMENT
-            end = min(begin + SEGMENT, classes)
-            row = r // inner * x_outer + r % inner * x_inner
-            base = r // inner * t_outer + r % inner * t_inner
-            at, first = r * classes, r * blocks
-            if exps is None:
-                top, total = softmax_statistics(x, row, begin, end, zero, grad, at, shifts, first)
-            else:
-                top, total = softmax_statistics(x, row, begin, end, zero, exps, at, shifts, first)
-            mass, dot = row_coefficients(
-                x, row, probability, weight, smooth, base, begin, end, reference(top)
-            )  # fmt: skip
-            store(tops, piece, np.float64(top))
-            store(totals, piece, total)
-            store(masses, piece, mass)
-            store(dots, piece, dot)
+    on_threads(statistics_part, parts, (
+        x, probability, weight, smooth, grad, shifts, exps, tops, totals, masses, dots, zero,
+        classes, inner, rows, x_outer, x_inner, t_outer, t_inner,
+    ))  # fmt: skip
     for r in range(rows):
         s = r * segments
         top, total, mass, dot = combine(s, segments, tops, totals, masses, dots)
@@ -121,35 +178,14 @@ def softmax_long(
         store(masses, s, factor)
         store(dots, s, g)
     if t_grad is not None:
-        for part in prange(parts):
-            for piece in range(part * pieces // parts, (part + 1) * pieces // parts):
-                r, begin = piece // segments, piece % segments * SEGMENT
-                end, s = min(begin + SEGMENT, classes), r * segments
-                row = r // inner * x_outer + r % inner * x_inner
-                target_gradient(
-                    x, row, weight, t_grad, r * classes, begin, end, cast(load(tops, s), zero),
-                    cast(load(dots, s), zero), cast(load(masses, s), zero),
-                )  # fmt: skip
+        on_threads(target_part, parts, (
+            x, weight, t_grad, tops, masses, dots, zero, classes, inner, rows, x_outer, x_inner,
+        ))  # fmt: skip
     if grad is not None:
-        for part in prange(parts):
-            for piece in range(part * pieces // parts, (part + 1) * pieces // parts):
-                r, begin = piece // segments, piece % segments * SEGMENT
-                end = min(begin + SEGMENT, classes)
-                base, at = r // inner * t_outer + r % inner * t_inner, r * classes
-                s = r * segments
-                label, counts = -1, True
-                if target is not None:
-                    label = read_label(target, r, ignore_index, classes, bad)
-                    counts = label >= 0
-                if counts:
-                    row_gradient(
-                        exps, at, shifts, r * blocks, probability, weight, smooth, base, grad, at,
-                        begin, end, load(tops, s), load(totals, s), cast(load(masses, s), zero),
-                    )  # fmt: skip
-                    if begin <= label < end:
-                        store(grad, at + label, cast(load(dots, s), zero))
-                else:
-                    skip_row(grad, at + begin, end - begin, zero)
+        on_threads(gradient_part, parts, (
+            target, probability, weight, smooth, grad, bad, shifts, exps, tops, totals, masses,
+            dots, zero, ignore_index, classes, inner, rows, t_outer, t_inner,
+        ))  # fmt: skip
     if loss is not None:
         store(loss, 0, sum_all(losses, rows) / divisor)
     good: bool = load(bad, 0) == 0

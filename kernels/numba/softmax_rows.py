@@ -12,12 +12,12 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import prange
 
 from .compiler import inlined, kernel, region, summing_kernel
 from .pointer import from_bits, load, load_bits, per_line, prefetch, store
 from .reduction import sum_all
 from .softmax import chosen_coefficients, chosen_gradient, chosen_loss, read_label
+from .team import on_threads
 from .vector_math import cast, exp, log
 
 BLOCK = 2048
@@ -207,6 +207,77 @@ def losses_of(
         store(losses, r + j, value)
 
 
+@kernel
+def softmax_rows_part(
+    part: int, parts: int, x: Any, target: Any, probability: Any, weight: Any, smooth: Any,
+    losses: Any, grad: Any, t_grad: Any, upstream: Any, bad: Any, shifts: Any, exps: Any,
+    plain: Any, masses: Any, totals: Any, hard: float, scale: float, zero: Any, ignore_index: int,
+    classes: int, inner: int, rows: int, x_outer: int, x_inner: int, t_outer: int, t_inner: int,
+) -> None:  # fmt: skip
+    blocks = (classes + BLOCK - 1) // BLOCK
+    first, kept = part * apart(blocks), part * apart(classes)
+    end, group = (part + 1) * rows // parts, part * GROUP
+    start = part * rows // parts
+    for r in range(start, end):
+        row = r // inner * x_outer + r % inner * x_inner
+        base = r // inner * t_outer + r % inner * t_inner
+        label, counts = 0, True
+        if target is not None:
+            label = read_label(target, r, ignore_index, classes, bad)
+            counts = label >= 0
+        value, mass, total = 0.0, 0.0, 1.0
+        if counts:
+            if exps is None:
+                at = r * classes
+                top, total = softmax_statistics(
+                    x, row, 0, classes, zero, grad, at, shifts, first
+                )  # fmt: skip
+            else:
+                at = kept
+                top, total = softmax_statistics(
+                    x, row, 0, classes, zero, exps, at, shifts, first
+                )  # fmt: skip
+            mass, dot = row_coefficients(
+                x, row, probability, weight, smooth, base, 0, classes, top
+            )  # fmt: skip
+            share, label_smooth = 0.0, 0.0
+            if target is not None:
+                share, label_smooth = chosen_coefficients(label, hard, weight, smooth)
+                value = chosen_loss(load(x, row + label), top, 0.0, share)
+            value -= dot
+            factor, out = scale, r * classes
+            if upstream is not None:
+                factor *= np.float64(load(upstream, r))
+            if t_grad is not None:
+                target_gradient(
+                    x, row, weight, t_grad, out, 0, classes, top, cast(log(total), zero),
+                    cast(factor, zero),
+                )  # fmt: skip
+            if grad is not None:
+                p = 0.0
+                if target is not None:
+                    e = load(grad, at + label) if exps is None else load(exps, at + label)
+                    shift = load(shifts, first + label // BLOCK)
+                    p = np.float64(e) * since(shift, top) / total
+                row_gradient(
+                    exps, at, shifts, first, probability, weight, smooth, base, grad, out,
+                    0, classes, top, factor * (mass + share) / total, cast(factor, zero),
+                )  # fmt: skip
+                if target is not None:
+                    g = chosen_gradient(p, share, mass, label_smooth)
+                    store(grad, out + label, cast(factor * g, zero))
+            mass += share
+        elif grad is not None:
+            skip_row(grad, r * classes, classes, zero)
+        if losses is not None:
+            j = (r - start) % GROUP
+            store(plain, group + j, value)
+            store(masses, group + j, mass)
+            store(totals, group + j, total)
+            if j == GROUP - 1 or r == end - 1:
+                losses_of(losses, r - j, j + 1, plain, masses, totals, group)
+
+
 @region
 def softmax_rows(
     parts: int, x: Any, target: Any, probability: Any, weight: Any, smooth: Any, losses: Any,
@@ -220,70 +291,12 @@ def softmax_rows(
     Scratch memory: shifts, the number of its blocks a part, and exps, a row a part, or None if
     the gradient's own memory can hold them, both `apart`; plain, masses and totals, GROUP a part.
     """
-    blocks = (classes + BLOCK - 1) // BLOCK
     store(bad, 0, 0)
-    for part in prange(parts):
-        first, kept = part * apart(blocks), part * apart(classes)
-        end, group = (part + 1) * rows // parts, part * GROUP
-        start = part * rows // parts
-        for r in range(start, end):
-            row = r // inner * x_outer + r % inner * x_inner
-            base = r // inner * t_outer + r % inner * t_inner
-            label, counts = 0, True
-            if target is not None:
-                label = read_label(target, r, ignore_index, classes, bad)
-                counts = label >= 0
-            value, mass, total = 0.0, 0.0, 1.0
-            if counts:
-                if exps is None:
-                    at = r * classes
-                    top, total = softmax_statistics(
-                        x, row, 0, classes, zero, grad, at, shifts, first
-                    )  # fmt: skip
-                else:
-                    at = kept
-                    top, total = softmax_statistics(
-                        x, row, 0, classes, zero, exps, at, shifts, first
-                    )  # fmt: skip
-                mass, dot = row_coefficients(
-                    x, row, probability, weight, smooth, base, 0, classes, top
-                )  # fmt: skip
-                share, label_smooth = 0.0, 0.0
-                if target is not None:
-                    share, label_smooth = chosen_coefficients(label, hard, weight, smooth)
-                    value = chosen_loss(load(x, row + label), top, 0.0, share)
-                value -= dot
-                factor, out = scale, r * classes
-                if upstream is not None:
-                    factor *= np.float64(load(upstream, r))
-                if t_grad is not None:
-                    target_gradient(
-                        x, row, weight, t_grad, out, 0, classes, top, cast(log(total), zero),
-                        cast(factor, zero),
-                    )  # fmt: skip
-                if grad is not None:
-                    p = 0.0
-                    if target is not None:
-                        e = load(grad, at + label) if exps is None else load(exps, at + label)
-                        shift = load(shifts, first + label // BLOCK)
-                        p = np.float64(e) * since(shift, top) / total
-                    row_gradient(
-                        exps, at, shifts, first, probability, weight, smooth, base, grad, out,
-                        0, classes, top, factor * (mass + share) / total, cast(factor, zero),
-                    )  # fmt: skip
-                    if target is not None:
-                        g = chosen_gradient(p, share, mass, label_smooth)
-                        store(grad, out + label, cast(factor * g, zero))
-                mass += share
-            elif grad is not None:
-                skip_row(grad, r * classes, classes, zero)
-            if losses is not None:
-                j = (r - start) % GROUP
-                store(plain, group + j, value)
-                store(masses, group + j, mass)
-                store(totals, group + j, total)
-                if j == GROUP - 1 or r == end - 1:
-                    losses_of(losses, r - j, j + 1, plain, masses, totals, group)
+    on_threads(softmax_rows_part, parts, (
+        x, target, probability, weight, smooth, losses, grad, t_grad, upstream, bad, shifts, exps,
+        plain, masses, totals, hard, scale, zero, ignore_index, classes, inner, rows, x_outer,
+        x_inner, t_outer, t_inner,
+    ))  # fmt: skip
     if loss is not None:
         store(loss, 0, sum_all(losses, rows) / divisor)
     good: bool = load(bad, 0) == 0

@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import prange
 
 from .compiler import kernel, region
 from .pointer import SIDE, load, store, turn
 from .reduction import sum_all
 from .softmax import chosen_coefficients, chosen_gradient, chosen_loss, read_label
+from .team import on_threads
 from .vector_math import cast, exp, log
 
 # Classes that are summed in the compute dtype.
@@ -201,6 +201,53 @@ def write_labels(
                 store(grad, start + j * stride + c * class_stride, zero)
 
 
+@kernel
+def tiles_part(
+    part: int, parts: int, x: Any, target: Any, weight: Any, smooth: Any, losses: Any, grad: Any,
+    upstream: Any, bad: Any, labels: Any, tile: Any, tops: Any, sums: Any, chosen: Any, exps: Any,
+    totals: Any, dots: Any, shares: Any, masses: Any, smooths: Any, hard: float, mass: float,
+    scale: float, zero: Any, ignore_index: int, classes: int, inner: int, rows: int, x_outer: int,
+    x_inner: int, x_class: int, g_outer: int, g_inner: int, g_class: int, width: int, pitch: int,
+) -> None:  # fmt: skip
+    per_outer = (inner + width - 1) // width
+    tiles = rows // inner * per_outer
+    at, t = part * pitch * classes, part * pitch
+    for number in range(part * tiles // parts, (part + 1) * tiles // parts):
+        outer, first = number // per_outer, number % per_outer * width
+        count = min(width, inner - first)
+        start = outer * x_outer + first * x_inner
+        g_start = outer * g_outer + first * g_inner
+        r = outer * inner + first
+        copy_in(x, start, x_class, x_inner, tile, at, pitch, count, classes)
+        column_max(tile, at, pitch, count, classes, tops, t)
+        column_sums(tile, at, pitch, count, classes, tops, sums, totals, dots, t, smooth)
+        complete = choose_labels(
+            x, start, x_class, x_inner, tile, at, pitch, target, r, weight, smooth, hard,
+            mass, ignore_index, bad, count, classes, labels, chosen, exps, shares, masses,
+            smooths, t,
+        )  # fmt: skip
+        if losses is not None:
+            losses_of(
+                losses, r, count, tops, totals, dots, chosen, shares, masses, smooth, t
+            )  # fmt: skip
+            if not complete:
+                for j in range(count):
+                    if load(labels, t + j) < 0:
+                        store(losses, r + j, 0.0)
+        if grad is not None:
+            factors_of(
+                upstream, r, scale, count, tops, sums, totals, exps, shares, masses, smooths,
+                smooth, t, zero,
+            )  # fmt: skip
+            copy_out(
+                grad, g_start, g_class, g_inner, tile, at, pitch, count, classes, sums, tops,
+                t, smooth,
+            )  # fmt: skip
+            write_labels(
+                grad, g_start, g_class, g_inner, count, classes, labels, totals, t, zero
+            )  # fmt: skip
+
+
 @region
 def softmax_tiles(
     parts: int, x: Any, target: Any, weight: Any, smooth: Any, losses: Any, grad: Any,
@@ -216,45 +263,12 @@ def softmax_tiles(
     shares, masses and smooths are scratch memory, `pitch` numbers a part (tile: a part and class),
     of which `width` are used.
     """
-    per_outer = (inner + width - 1) // width
-    tiles = rows // inner * per_outer
     store(bad, 0, 0)
-    for part in prange(parts):
-        at, t = part * pitch * classes, part * pitch
-        for number in range(part * tiles // parts, (part + 1) * tiles // parts):
-            outer, first = number // per_outer, number % per_outer * width
-            count = min(width, inner - first)
-            start = outer * x_outer + first * x_inner
-            g_start = outer * g_outer + first * g_inner
-            r = outer * inner + first
-            copy_in(x, start, x_class, x_inner, tile, at, pitch, count, classes)
-            column_max(tile, at, pitch, count, classes, tops, t)
-            column_sums(tile, at, pitch, count, classes, tops, sums, totals, dots, t, smooth)
-            complete = choose_labels(
-                x, start, x_class, x_inner, tile, at, pitch, target, r, weight, smooth, hard,
-                mass, ignore_index, bad, count, classes, labels, chosen, exps, shares, masses,
-                smooths, t,
-            )  # fmt: skip
-            if losses is not None:
-                losses_of(
-                    losses, r, count, tops, totals, dots, chosen, shares, masses, smooth, t
-                )  # fmt: skip
-                if not complete:
-                    for j in range(count):
-                        if load(labels, t + j) < 0:
-                            store(losses, r + j, 0.0)
-            if grad is not None:
-                factors_of(
-                    upstream, r, scale, count, tops, sums, totals, exps, shares, masses, smooths,
-                    smooth, t, zero,
-                )  # fmt: skip
-                copy_out(
-                    grad, g_start, g_class, g_inner, tile, at, pitch, count, classes, sums, tops,
-                    t, smooth,
-                )  # fmt: skip
-                write_labels(
-                    grad, g_start, g_class, g_inner, count, classes, labels, totals, t, zero
-                )  # fmt: skip
+    on_threads(tiles_part, parts, (
+        x, target, weight, smooth, losses, grad, upstream, bad, labels, tile, tops, sums, chosen,
+        exps, totals, dots, shares, masses, smooths, hard, mass, scale, zero, ignore_index, classes,
+        inner, rows, x_outer, x_inner, x_class, g_outer, g_inner, g_class, width, pitch,
+    ))  # fmt: skip
     if loss is not None:
         store(loss, 0, sum_all(losses, rows) / divisor)
     good: bool = load(bad, 0) == 0

@@ -15,7 +15,7 @@ from numba.core import types
 from torch import Tensor
 
 from ..tables import BYTES, KNOWN
-from .compiler import locked_kernel, pointer, specialise
+from .compiler import kernel, locked_entry, pointer, specialise
 from .pointer import at, load, store
 from .proof import available, sort_spans
 from .tensors import (
@@ -34,7 +34,7 @@ from .tensors import (
 __all__ = ["available", "survey"]
 
 
-@locked_kernel
+@kernel
 def dense_size(sizes: Any, strides: Any, dim: int) -> int:
     """How many elements a tensor has; -1 if they leave gaps or overlap."""
     total = 1
@@ -59,7 +59,7 @@ def dense_size(sizes: Any, strides: Any, dim: int) -> int:
     return total if expected == total else -1
 
 
-@locked_kernel
+@locked_entry
 def survey_list(
     things: int, items_at: int, count: int, itemsize: int, apart: bool, lines: Any, offsets: Any,
     starts: Any, ends: Any, facts: Any, scratch: Any, scratch_at: int, functions: Any,

@@ -23,7 +23,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from ..tables import EMPTY
-from .compiler import locked_kernel
+from .compiler import kernel, locked_entry
 from .pointer import at, load, store
 
 # In this order: without the layout of a tensor that has strides, others may fail.
@@ -73,7 +73,7 @@ def ask_whether(typingctx: Any, function: Any, tensor: Any) -> Any:
     return types.boolean(types.intp, types.intp), codegen
 
 
-@locked_kernel
+@kernel
 def same_word(words: Any, place: int, value: int, recording: bool) -> bool:
     if recording:
         store(words, place, value)
@@ -82,7 +82,7 @@ def same_word(words: Any, place: int, value: int, recording: bool) -> bool:
     return same
 
 
-@locked_kernel
+@kernel
 def same_tensor(
     thing: int, words: Any, place: int, flags: int, scratch: Any, scratch_at: int, functions: Any,
     type_at: int, tensor_at: int, recording: bool,
@@ -132,14 +132,14 @@ def same_tensor(
     return True
 
 
-@locked_kernel
+@kernel
 def length(words: Any, place: int) -> int:
     """How many words there are of the tensor whose words begin at `place`."""
     dim: int = load(words, place + 1 + DIM)
     return WORDS + 2 * dim
 
 
-@locked_kernel
+@kernel
 def address_of(
     thing: int, itemsize: int, size: int, scratch: Any, scratch_at: int, functions: Any,
     tensor_at: int,
@@ -156,7 +156,7 @@ def address_of(
     return 0 if found == offset * itemsize else found  # so of a storage that begins at 0
 
 
-@locked_kernel
+@locked_entry
 def record_tensors(
     things: Any, count: int, words: Any, flags: int, scratch: Any, scratch_at: int,
     functions: Any, type_at: int, tensor_at: int,
@@ -173,7 +173,7 @@ def record_tensors(
     return True
 
 
-@locked_kernel
+@locked_entry
 def same_objects(things: int, items_at: int, ids: Any, count: int) -> bool:
     """Whether the items of the list at `things` are the objects at these addresses."""
     items = at(ids, load(at(ids, things + items_at), 0))
@@ -183,7 +183,7 @@ def same_objects(things: int, items_at: int, ids: Any, count: int) -> bool:
     return True
 
 
-@locked_kernel
+@locked_entry
 def bump_versions(
     things: int, items_at: int, count: int, bump: int, functions: Any, type_at: int,
     tensor_at: int, tensor: int, parameter: int,
