@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import ctypes
 import itertools
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import traceback
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import ModuleType
 
+import llvmlite.binding as llvm
 import numpy as np
 import pytest
 import torch
@@ -23,24 +21,26 @@ from children import HANG, LENGTH, assert_right, assert_same, results, run
 
 import fastopt
 
+EACH = pytest.mark.parametrize("openmp", [True, False], ids=["torch's", "Python's"])
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system can't fork")
 
 
-def on_numbas_threads() -> None:
-    """From here on in this process, as where torch's own threads can't be had."""
-    name = "fastopt.kernels.numba.openmp"
-    assert name not in sys.modules
-    sys.modules[name] = missing = ModuleType(name)
-    missing.entries = lambda: None  # type: ignore[attr-defined]
+def without_openmp() -> None:
+    """From here on in this process, as where torch's own threads can't be entered."""
+    from fastopt.kernels.numba import openmp, python_threads
+
+    functions = dict(zip(openmp.NAMES, python_threads.FUNCTIONS, strict=True))
+    for name, function in functions.items():
+        llvm.add_symbol(f"fastopt_{name}", ctypes.cast(function, ctypes.c_void_p).value)
 
 
 # -- several Python threads -------------------------------------------------------------
 
 
-def threads_at_once(layer: str | None) -> None:
+def threads_at_once(openmp: bool) -> None:
     """The first launches of all kernels, from four threads at a time, and some more."""
-    if layer is not None:
-        on_numbas_threads()
+    if not openmp:
+        without_openmp()
     torch.set_num_threads(2)
     together = threading.Barrier(4)
 
@@ -52,10 +52,6 @@ def threads_at_once(layer: str | None) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(work, range(4)))
-    if layer is not None:
-        import numba
-
-        assert numba.threading_layer() == layer
     for seed, repetitions in enumerate(found):
         alone = results(seed)
         for repetition in repetitions:
@@ -63,12 +59,9 @@ def threads_at_once(layer: str | None) -> None:
         assert_right(alone, seed)
 
 
-def test_threads_at_once() -> None:
-    run(threads_at_once, None)
-
-
-def test_threads_at_once_on_a_layer_that_aborts_on_them() -> None:
-    run(threads_at_once, "workqueue", NUMBA_THREADING_LAYER="workqueue")
+@EACH
+def test_threads_at_once(openmp: bool) -> None:
+    run(threads_at_once, openmp)
 
 
 # -- forked children --------------------------------------------------------------------
@@ -90,9 +83,9 @@ def in_fork(function: Callable[[], None]) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def fork_after_use(layer: str | None) -> None:
-    if layer is not None:
-        on_numbas_threads()
+def fork_after_use(openmp: bool) -> None:
+    if not openmp:
+        without_openmp()
     torch.set_num_threads(2)
     expected = results(0)
 
@@ -112,9 +105,9 @@ def fork_after_use(layer: str | None) -> None:
 
 
 @forks
-@pytest.mark.parametrize("layer", [None, "omp", "workqueue"])
-def test_fork_after_use(layer: str | None) -> None:
-    run(fork_after_use, layer, **({} if layer is None else {"NUMBA_THREADING_LAYER": layer}))
+@EACH
+def test_fork_after_use(openmp: bool) -> None:
+    run(fork_after_use, openmp)
 
 
 def fork_while_stepping() -> None:
@@ -251,38 +244,6 @@ def test_no_threads(function: Callable[[], None]) -> None:
     run(function)
 
 
-@linux
-def test_numba_set_to_one_thread() -> None:
-    run(no_threads, "numba", NUMBA_NUM_THREADS="1")
-
-
-def as_many_threads_as_parts() -> None:
-    """Of six threads that numba could start, two work; and numba's setting stays."""
-    import numba
-
-    on_numbas_threads()
-    torch.set_num_threads(2)
-    assert_right(results(0), 0)
-    assert numba.get_num_threads() == 6
-    numba.set_num_threads(5)
-    results(0)
-    before = len(os.listdir("/proc/self/task"))
-    results(1)
-    assert numba.get_num_threads() == 5
-    assert torch.get_num_threads() == 2
-    assert len(os.listdir("/proc/self/task")) == before
-    with ThreadPoolExecutor(1) as other:
-        idle = other.submit(lambda: len(os.listdir("/proc/self/task"))).result()
-        teams = other.submit(lambda: (results(0), len(os.listdir("/proc/self/task")))[1]).result()
-    assert teams <= idle + 2, "a team of two each for torch and numba has one thread more each"
-
-
-@linux
-@two_cores
-def test_as_many_threads_as_parts() -> None:
-    run(as_many_threads_as_parts, NUMBA_NUM_THREADS="6", NUMBA_THREADING_LAYER="omp")
-
-
 def torchs_threads() -> None:
     """As many as torch has, and no others."""
     import numba
@@ -300,28 +261,6 @@ def torchs_threads() -> None:
 @two_cores
 def test_torchs_threads() -> None:
     run(torchs_threads)
-
-
-def without_a_layer() -> None:
-    on_numbas_threads()
-    torch.set_num_threads(2)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        found = results(0)
-        assert_same(results(0), found)
-    assert_right(found, 0)
-    said = [str(w.message) for w in caught if "runs on one thread" in str(w.message)]
-    assert len(said) == 1
-    assert "NUMBA_THREADING_LAYER" in said[0]
-    assert torch.get_num_threads() == 2
-
-
-@two_cores
-@pytest.mark.parametrize("layer", ["tbb", "nonsense"])
-def test_threading_layer_that_can_not_be_loaded(layer: str) -> None:
-    if layer == "tbb" and importlib.util.find_spec("tbb") is not None:
-        pytest.skip("it can")
-    run(without_a_layer, NUMBA_THREADING_LAYER=layer)
 
 
 # -- class indices that another thread overwrites ----------------------------------------

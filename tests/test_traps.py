@@ -98,7 +98,7 @@ TRAPS: dict[str, tuple[str, ...]] = {
     # numba
     "torch's thread count reset (numba #9387)": ("test_processes::test_thread_counts",),
     "threads at once abort, forked children die (numba #8563)": (
-        "test_processes::test_threads_at_once_on_a_layer_that_aborts_on_them",
+        "test_processes::test_threads_at_once",
         "test_processes::test_fork_after_use", "test_guarded_stress::test_threads_and_forks"),
     "stale or unfindable disk caches, leaked files (numba #1833, #9483, #6845, #4032)": (
         "test_cache::test_edited_formula_is_compiled_anew", "test_cache::test_read_only_install",

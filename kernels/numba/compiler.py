@@ -21,8 +21,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import torch
@@ -30,7 +29,6 @@ from numba.core import types
 
 from .disk_cache import Cache, _cache_directory
 from .pointer import Pointer
-from .team import IS_TORCHS
 
 CONTRACT = frozenset({"contract"})
 REASSOCIATE = frozenset({"contract", "reassoc", "nsz"})
@@ -72,34 +70,9 @@ def locked_entry(function: Callable[..., Any]) -> Any:
     return _compiled(function, CONTRACT, nogil=False)
 
 
-def region(function: Callable[..., Any]) -> Region:
-    """Decorator: ``function(parts, *args)`` that calls `on_threads`, a kernel.
-
-    On torch's threads it is one kernel, whether there are several parts or one. Numba's take a
-    parallel form beside the serial one, in which no thread is ever started.
-    """
-    if IS_TORCHS:
-        whole = _compiled(function, CONTRACT)
-        return Region(whole, whole)
-    # Names of their own: the cache file is named after the function, and its key leaves out
-    # the compile flags (numba issue 6845).
-    serial, parallel = (
-        _named(function, f"{function.__name__}_{k}") for k in ("serial", "parallel")
-    )
-    return Region(_compiled(serial, CONTRACT), _compiled(parallel, CONTRACT, parallel=True))
-
-
-def _named(function: Callable[..., Any], name: str) -> FunctionType:
-    twin = FunctionType(function.__code__, function.__globals__, name)
-    twin.__qualname__ = name
-    return twin
-
-
-class Region(NamedTuple):
-    """The forms of one region, uncompiled: of one part, and of several."""
-
-    serial: Any
-    parallel: Any
+def region(function: Callable[..., Any]) -> Any:
+    """Decorator: an entry ``function(parts, *args)`` that calls `on_threads`."""
+    return entry(function)
 
 
 def _compiled(function: Callable[..., Any], fastmath: frozenset[str], **options: bool) -> Any:

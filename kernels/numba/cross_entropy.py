@@ -25,7 +25,7 @@ from ..layout import ClassAxis, class_axis, classes_last, dense_axis, view_along
 from ..operation import Options
 from ..reference import out_of_bounds
 from . import memory
-from .compiler import Region, dtype_name, optional_pointer, pointer, specialise
+from .compiler import dtype_name, optional_pointer, pointer, specialise
 from .pointer import LINE
 from .softmax import check_targets
 from .softmax_long import SEGMENT, softmax_long
@@ -119,7 +119,7 @@ def _target_check(target: torch.dtype, weight: torch.dtype | None) -> Any:
 
 
 @functools.cache
-def _launcher(loop: Region, *dtypes: torch.dtype | None) -> Launcher:
+def _launcher(loop: Any, *dtypes: torch.dtype | None) -> Launcher:
     """dtypes: of the tensors in the order of `_run`."""
     compute = "float64" if dtypes[0] == torch.float64 else "float32"
     widths = [compute] * 5 + ["float64", compute, compute, "float64", "float64"]

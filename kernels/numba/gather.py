@@ -18,7 +18,7 @@ from ..layout import view_along
 from ..operation import Options
 from ..reference import out_of_bounds
 from . import memory
-from .compiler import Region, optional_pointer, pointer
+from .compiler import optional_pointer, pointer
 from .gather_loops import CHUNK, gather_all, scatter_all
 from .threads import Launcher, parts_for
 
@@ -33,7 +33,7 @@ Tensors = tuple[torch.Tensor | None, ...]
 
 
 @functools.cache
-def _launcher(loop: Region, *dtypes: torch.dtype | None) -> Launcher:
+def _launcher(loop: Any, *dtypes: torch.dtype | None) -> Launcher:
     """dtypes: of the tensors that are not scratch memory, of which labels are the only integers."""
     slots = [optional_pointer(dtype, k, "float64") for k, dtype in enumerate(dtypes)]
     count = 4 if loop is gather_all else 1
@@ -42,7 +42,7 @@ def _launcher(loop: Region, *dtypes: torch.dtype | None) -> Launcher:
     return Launcher(loop, *slots, *scratch, *numbers, *[types.intp] * 8)
 
 
-def _launch(loop: Region, parts: int, tensors: Tensors, *arguments: Any) -> None:
+def _launch(loop: Any, parts: int, tensors: Tensors, *arguments: Any) -> None:
     launch = _launcher(loop, *[None if t is None else t.dtype for t in tensors])
     launch(parts, *[None if t is None else t.data_ptr() for t in tensors], *arguments)
 

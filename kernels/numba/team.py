@@ -1,32 +1,30 @@
-"""The work of a region, split over threads: torch's own, or numba's where those can't be had."""
+"""The work of a region, split over OpenMP's threads."""
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import llvmlite.binding as llvm
-import numba
 from llvmlite import ir
-from numba import prange
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from .openmp import entries
 
-__all__ = ["IS_TORCHS", "on_threads"]
+__all__ = ["on_threads"]
 
-_ENTRIES = entries()
-#: Whether the threads are torch's.
-IS_TORCHS = _ENTRIES is not None
 # Names and not addresses are what is in machine code, which is kept on the disk.
-for _name, _address in (_ENTRIES or {}).items():
+for _name, _function in entries().items():
+    _address = ctypes.cast(_function, ctypes.c_void_p).value
+    assert _address is not None
     llvm.add_symbol(f"fastopt_{_name}", _address)
 
 _INT, _BYTES = ir.IntType(32), ir.IntType(8).as_pointer()
 
 
 @intrinsic
-def _on_torchs_threads(typingctx: Any, function: Any, parts: Any, args: Any) -> Any:
+def on_threads(typingctx: Any, function: Any, parts: Any, args: Any) -> Any:
     """Call ``function(part, parts, *args)`` for each part, each on a thread of its own."""
     signature = function.get_call_type(typingctx, (types.intp, types.intp, *args), {})
     overload = function.dispatcher.overloads[tuple(signature.args)]
@@ -84,15 +82,3 @@ def _body(context: Any, module: Any, overload: Any, shared: Any, count: int) -> 
 def _symbol(builder: Any, name: str, result: Any, *args: Any) -> Any:
     kind = ir.FunctionType(result, args)
     return cgutils.get_or_insert_function(builder.module, kind, f"fastopt_{name}")
-
-
-def _on_numbas_threads(function: Any, parts: Any, args: Any) -> Any:
-    for part in prange(parts):
-        function(part, parts, *args)
-
-
-#: In compiled code, ``on_threads(function, parts, args)``: `function(part, parts, *args)` for each
-#: part. On numba's threads where a region's parallel form calls it, else one after another.
-on_threads: Any = (
-    _on_torchs_threads if IS_TORCHS else numba.njit(inline="always")(_on_numbas_threads)
-)
