@@ -39,7 +39,7 @@ TAIL = """\
 ## Determinism
 
 A call that the CPU's kernels serve gives the same bits in every run on one machine: on any number
-of threads, on any Numba threading layer and in a forked child (`tests/test_processes.py`). What a
+of threads, torch's or Python's, and in a forked child (`tests/test_processes.py`). What a
 sum's order depends on is its length alone. What is torch's own code (small losses, see
 [Dispatch](dispatch.md#sizes-from-which-kernels-serve)) is as torch is, whose sums depend on the
 number of threads: `fastopt.use_backend("numba")` is the way round. Another kind of processor may

@@ -32,6 +32,7 @@ def use() -> None:
     torch.set_num_threads(2)
     found = results(0)
     assert_right(found, 0)
+    mean_squared_error()
 
 
 def cached(folder: Path) -> Files:
