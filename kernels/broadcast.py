@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,8 +41,26 @@ class Walk(NamedTuple):
         return self.first * self.second * self.inner
 
 
+#: Walks over operands of these sizes and strides that need no copy: a program has but few.
+_known: dict[tuple[Any, ...], Walk] = {}
+_MOST_KNOWN = 512
+
+
 def walk(operands: Tensors) -> tuple[Tensors, Walk]:
     """The walk over some operands, of which some may have to be copied for it."""
+    key = tuple([None if t is None else (t.shape, t.stride()) for t in operands])
+    place = _known.get(key)
+    if place is not None:
+        return operands, place
+    found, place = _find_walk(operands)
+    if all(map(is_, found, operands)):
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[key] = place
+    return found, place
+
+
+def _find_walk(operands: Tensors) -> tuple[Tensors, Walk]:
     given = [t for t in operands if t is not None]
     shape = tuple(torch.broadcast_shapes(*[t.shape for t in given]))  # type: ignore[no-untyped-call]
     whole = [t for t in given if tuple(t.shape) == shape]
@@ -62,7 +81,7 @@ def walk(operands: Tensors) -> tuple[Tensors, Walk]:
         if found is not None:
             return tensors, found
     full = tuple(t if t is None else t.expand(shape).contiguous() for t in operands)
-    return walk(full)
+    return _find_walk(full)
 
 
 def _like(like: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -163,19 +163,26 @@ def _run(
         *[None if t is None else t.dtype for t in (values, upstream, loss)],
         *[None if t is None else t.dtype for t in grads],
     )
-    numbers = np.array(record.values, np.float64)
-    steps = np.array([step[:2] for step in place.steps], np.int64)
+    numbers, steps, _ = _tables(record.values, place.steps)
     chunks = place.first * place.second * -(-place.inner // CHUNK)
     group = max(1, CHUNK // max(place.inner, 1))
-    sums = None
-    if loss is not None:  # whatever the default device is
-        sums = torch.empty(-(-chunks // group), dtype=torch.float64, device="cpu")
-    values_at, upstream_at, sums_at, loss_at = map(_address, (values, upstream, sums, loss))
+    sums, kept = (None, None) if loss is None else memory.scratch(8 * -(-chunks // group))
     launch(
-        parts_for(place.places, GRAIN), numbers.ctypes.data, tuple(map(_address, operands)),
-        steps.ctypes.data, values_at, tuple(map(_address, grads)), upstream_at, sums_at, loss_at,
+        parts_for(place.places, GRAIN), numbers, tuple(map(_address, operands)), steps,
+        _address(values), tuple(map(_address, grads)), _address(upstream), sums, _address(loss),
         scale * record.factor, divisor, place.first, place.second, place.inner, group,
     )  # fmt: skip
+    del kept
+
+
+@functools.lru_cache(512)
+def _tables(
+    values: tuple[float, ...], steps: tuple[tuple[int, int, int], ...]
+) -> tuple[int, int, Any]:
+    """Where a record's numbers and the operands' steps are, and what keeps them there."""
+    numbers = np.array(values, np.float64)
+    outer = np.array([step[:2] for step in steps], np.int64)
+    return numbers.ctypes.data, outer.ctypes.data, (numbers, outer)
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:
