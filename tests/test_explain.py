@@ -14,7 +14,7 @@ import fastopt.nn.functional as ours
 from fastopt import BackendUnavailable, dispatch
 
 LOSSES = ("mse_loss", "l1_loss", "cross_entropy")
-SIDE = 512  # a square of it is larger than any crossover
+SIDE = 1280  # a square of it is larger than any crossover
 
 
 def arguments(operation: str, side: int) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ class BCE(Elementwise):
     same_dtypes = True
     checked = True
     domains = {"input": "unit", "target": "unit"}
+    crossover = 16_384
 
     def value_and_slopes(h, input: Any, target: Any, weight: Any) -> Any:
         rest = 1.0 - input

@@ -18,6 +18,7 @@ class BCEWithLogits(Elementwise):
     slopes = 2
     same_sizes = True
     domains = {"target": "unit", "pos_weight": "positive"}
+    crossover = 1_572_864
 
     def value_and_slopes(h, input: Any, target: Any, weight: Any, pos_weight: Any) -> Any:
         share = (pos_weight - 1.0) * target + 1.0

@@ -22,6 +22,7 @@ class CosineEmbedding(Rowwise):
     most_dims = 2
     integers = ("target",)
     constants = ("target",)
+    crossover = 16_384
 
     def fold(h, input1: Any, input2: Any, target: Any) -> Any:
         return input1 * input2, input1 * input1, input2 * input2

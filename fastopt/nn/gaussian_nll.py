@@ -21,6 +21,7 @@ class GaussianNLL(Elementwise):
     integers = ("target",)
     checked = True
     domains = {"var": "positive"}
+    crossover = 16_384
 
     def refuse(h) -> str | None:
         return None if h.eps > 0 else f"eps={h.eps}"

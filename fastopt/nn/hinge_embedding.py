@@ -19,6 +19,7 @@ class HingeEmbedding(Elementwise):
     integers = ("target",)
     constants = ("target",)
     domains = {"target": "sign"}
+    crossover = 8_192
 
     def value_and_slopes(h, input: Any, target: Any) -> Any:
         rest = h.margin - input

@@ -20,7 +20,7 @@ class L1(Elementwise):
     averaged_by = "weight"
     warns_of_sizes = True
     weighted_as_input = True
-    crossover = 16_384
+    crossover = 131_072
 
     def value_and_slopes(h, input: Any, target: Any, weight: Any) -> Any:
         d = input - target

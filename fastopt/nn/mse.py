@@ -20,6 +20,7 @@ class MSE(Elementwise):
     averaged_by = "weight"
     warns_of_sizes = True
     weighted_as_input = True
+    crossover = 1_572_864
 
     def value_and_slopes(h, input: Any, target: Any, weight: Any) -> Any:
         d = input - target

@@ -24,6 +24,7 @@ class MultiMargin(Rowwise):
     most_dims = 2
     same_dtypes = True
     halves_on_cpu = False
+    crossover = 65_536
 
     def refuse(h) -> str | None:
         return None if h.p in (1, 2) else f"p={h.p}"

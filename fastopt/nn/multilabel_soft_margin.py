@@ -19,6 +19,7 @@ class MultiLabelSoftMargin(Rowwise):
     by_class = ("weight",)
     integers = ("target",)
     autocast = False
+    crossover = 65_536
 
     def fold(h, input: Any, target: Any, weight: Any) -> Any:
         rest = m.softplus(-m.absolute(input))

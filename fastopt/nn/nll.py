@@ -25,6 +25,7 @@ class NLL(Gather):
     """
 
     ignore_index: int = -100
+    crossover = 6_291_456
 
 
 def _analyse(function: str, arguments: dict[str, Any]) -> Call | None:

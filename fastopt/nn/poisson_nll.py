@@ -21,6 +21,7 @@ class PoissonNLL(Elementwise):
     slopes = 2
     integers = ("target",)
     domains = {"target": "positive"}
+    crossover = 131_072
 
     def value_and_slopes(h, input: Any, target: Any) -> Any:
         if h.log_input:

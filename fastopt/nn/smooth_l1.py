@@ -18,6 +18,7 @@ class SmoothL1(Elementwise):
     beta: float = 1.0
     slopes = 2
     warns_of_sizes = True
+    crossover = 1_572_864
 
     def refuse(h) -> str | None:
         return None if h.beta >= 0 else f"beta={h.beta}"

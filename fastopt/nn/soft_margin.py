@@ -17,6 +17,7 @@ __all__ = ["SoftMarginLoss", "soft_margin_loss"]
 class SoftMargin(Elementwise):
     same_sizes = True
     domains = {"target": "sign"}
+    crossover = 131_072
 
     def value_and_slopes(h, input: Any, target: Any) -> Any:
         x = -target * input
