@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.tables import Launch, Tables, Traced
+from ..kernels.tables import Tables, Traced
 from ._kinds import Kind
 from ._proof import increment_versions
 from ._shards import cuts, local, locals_of
@@ -60,7 +60,7 @@ class Bucket:
 
     def __init__(
         self, optimizer: PlannedStep, share: Share, begun: set[int],
-        launcher: Callable[[Tables], Launch],
+        launcher: Callable[[Tables], Callable[..., None]],
     ) -> None:  # fmt: skip
         self._kind, _, members = share
         self.places = [m.place for m in members]
