@@ -6,6 +6,7 @@ interpreter, which then serves whatever it can; with FASTOPT_TEST_DEVICE=cuda on
 
 from __future__ import annotations
 
+import gc
 import os
 import zlib
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ from hypothesis.internal.conjecture import providers
 from torch.optim import swa_utils
 
 from fastopt import dispatch
+from fastopt.front.call import RECORDS
+from fastopt.front.route import RouteCache
+from fastopt.nn import functional
 
 if DEVICE != "cpu":
     torch.set_default_device(DEVICE)
@@ -90,3 +94,30 @@ def torchs_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(swa_utils.AveragedModel, "update_parameters", update)
     return calls
+
+
+@pytest.fixture
+def no_crossovers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Losses are served by kernels from the first element on, without insisting on it."""
+    for name, operation in RECORDS.items():
+        function: Any = getattr(functional, name)
+        names = function.__code__.co_freevars
+        if "is_small" not in names:
+            continue
+        for variable, value in (("is_small", lambda input: False), ("surely", 0)):
+            cell = function.__closure__[names.index(variable)]
+            monkeypatch.setattr(cell, "cell_contents", value)
+        monkeypatch.setattr(operation, "crossover", 0)
+        monkeypatch.setattr(operation, "row_crossover", {})
+    RouteCache.forget()
+    yield
+    RouteCache.forget()
+
+
+@pytest.fixture(scope="module")
+def small_heap() -> Iterator[None]:
+    """What is there already is passed over by the collector, which a file's tests ask often."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

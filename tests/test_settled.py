@@ -132,16 +132,9 @@ def outcome(call: Callable[[Any], Tensor], function: Any) -> list[Tensor]:
 @pytest.mark.parametrize("quick", [True, False], ids=["any backend", "compiled if possible"])
 @pytest.mark.parametrize("name", ["mse_loss", "l1_loss", "cross_entropy"])
 @pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated:UserWarning")
-def test_calls_in_any_order(name: str, quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_in_any_order(name: str, quick: bool, request: pytest.FixtureRequest) -> None:
     if not quick:
-        function: Any = getattr(ours, name)
-        for variable, value in (("is_small", lambda input: False), ("surely", 0)):
-            cell = function.__closure__[function.__code__.co_freevars.index(variable)]
-            monkeypatch.setattr(cell, "cell_contents", value)
-        operation = fastopt.front.call.RECORDS[name]
-        monkeypatch.setattr(operation, "crossover", 0)
-        monkeypatch.setattr(operation, "row_crossover", {})
-        RouteCache.forget()
+        request.getfixturevalue("no_crossovers")
     calls = class_calls() if name == "cross_entropy" else pointwise_calls(name)
     expected = {k: outcome(call, getattr(theirs, name)) for k, call in calls.items()}
     order = [*calls, *calls, *calls]
