@@ -1,4 +1,4 @@
-"""Errors of fastopt and of torch, both against the long doubles of oracle.py.
+"""Errors of fastopt and of torch, both against the long doubles of oracle.py, or torch's doubles.
 
 One number for each quantity: the root mean square of the errors over that of the values, in
 units of the dtype's eps, over all of an operation's rows of cases.py that are large enough.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +19,24 @@ import numpy as np
 import oracle
 import torch
 import torch.nn.functional as F
-from cases import BACKEND, LOSSES, OPTIMIZERS, REDUCTIONS
+from cases import BACKEND, FLOATS, LOSSES, OPTIMIZERS, REDUCTIONS
 from torch import Tensor
 from torch.nn import Parameter
 
 import fastopt
+from fastopt.front.call import RECORDS
+from fastopt.front.samples import usual
+from fastopt.kernels.operation import Elementwise, Gather, Rowwise
 
 OPERATIONS = tuple(dict.fromkeys(case.operation for case in (*LOSSES, *OPTIMIZERS)))
+#: The other losses, each with a dtype, of which torch in float64 says what is exact.
+BY_TORCH = tuple(
+    (name, dtype)
+    for name, record in RECORDS.items()
+    if name not in OPERATIONS and issubclass(record, Elementwise | Rowwise | Gather)
+    for dtype in FLOATS
+    if dtype != torch.float64 and (dtype.itemsize > 2 or getattr(record, "halves_on_cpu", True))
+)
 
 Samples = Iterator[tuple[str, Any, Tensor, Tensor]]  # (quantity, exact, fastopt's, torch's)
 
@@ -64,7 +76,9 @@ class Errors:
 def measure(operation: str, dtype: torch.dtype, enough: int = 200) -> dict[str, Errors]:
     """The errors of an operation's quantities in a dtype, each over `enough` new numbers."""
     errors: dict[str, Errors] = {}
-    samples = _loss_samples if operation in dir(F) else _step_samples
+    samples = _step_samples
+    if operation in dir(F):
+        samples = _loss_samples if operation in OPERATIONS else _samples_by_torch
     with np.errstate(all="ignore"):  # the mean of nothing, and float16's infinities
         while not errors or min(e.numbers for e in errors.values()) < enough:
             for quantity, exact, ours, torchs in samples(operation, dtype):
@@ -81,6 +95,28 @@ def _loss_samples(operation: str, dtype: torch.dtype) -> Samples:
             continue
         for reduction in REDUCTIONS:
             yield from loss_sample(operation, tensors, reduction, **case.options)
+
+
+def _samples_by_torch(operation: str, dtype: torch.dtype) -> Samples:
+    for given in usual(RECORDS[operation], 4096, dtype):
+        for reduction in REDUCTIONS:
+            found = []
+            for module, wide in ((fastopt.nn.functional, False), (F, False), (F, True)):
+                leaves = {
+                    name: (t.double() if wide and t.is_floating_point() else t)
+                    .detach()
+                    .requires_grad_(t.requires_grad)
+                    for name, t in given.items()
+                }
+                with fastopt.use_backend(BACKEND), warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # of kl_div's mean
+                    loss = getattr(module, operation)(**leaves, reduction=reduction)
+                followed = [t for t in leaves.values() if t.requires_grad]
+                grads = torch.autograd.grad(loss, followed, torch.ones_like(loss))
+                found.append((loss.detach(), *grads))
+            kind = "loss, elementwise" if reduction == "none" else "loss, mean and sum"
+            for k, (ours, torchs, exact) in enumerate(zip(*found, strict=True)):
+                yield "gradient" if k else kind, oracle.exact(exact), ours, torchs
 
 
 def loss_sample(

@@ -114,10 +114,9 @@ def no_crossovers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     RouteCache.forget()
 
 
-@pytest.fixture(scope="module")
-def small_heap() -> Iterator[None]:
-    """What is there already is passed over by the collector, which a file's tests ask often."""
+@pytest.fixture(scope="module", autouse=True)
+def small_heap() -> None:
+    """What is there already is passed over by the collector: compilers leave millions of objects,
+    and a look at all of them takes seconds."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()

@@ -7,7 +7,7 @@ import math
 import oracle
 import pytest
 import torch
-from accuracy import OPERATIONS, Errors, loss_sample, measure
+from accuracy import BY_TORCH, OPERATIONS, Errors, loss_sample, measure
 from cases import FLOATS, INTERPRETED
 
 pytestmark = [
@@ -18,8 +18,11 @@ pytestmark = [
 
 
 @pytest.mark.filterwarnings("ignore:.*deterministic")
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(
+    ("operation", "dtype"),
+    [*((name, dtype) for name in OPERATIONS for dtype in FLOATS), *BY_TORCH],
+    ids=str,
+)
 def test_error_is_no_larger_than_torchs(operation: str, dtype: torch.dtype) -> None:
     for quantity, errors in measure(operation, dtype).items():
         ours, torchs = errors.roots()

@@ -39,7 +39,7 @@ EVERY = pytest.mark.parametrize("name", COMMON)
 
 
 @pytest.fixture(autouse=True)
-def fixed(small_heap: None) -> None:
+def fixed() -> None:
     torch.manual_seed(7)
 
 

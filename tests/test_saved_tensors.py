@@ -30,7 +30,7 @@ each_loss = pytest.mark.parametrize("name", ["cross_entropy", "l1_loss", "mse_lo
 
 
 @pytest.fixture(autouse=True)
-def fixed(small_heap: None, no_crossovers: None) -> Iterator[None]:
+def fixed(no_crossovers: None) -> Iterator[None]:
     torch.manual_seed(0)
     RouteCache.forget()  # what other tests' backward passes have asked for
     fastopt.empty_cache()

@@ -22,6 +22,7 @@ class CosineEmbedding(Rowwise):
     most_dims = 2
     integers = ("target",)
     constants = ("target",)
+    domains = {"target": "sign"}
     crossover = 16_384
 
     def fold(h, input1: Any, input2: Any, target: Any) -> Any:
