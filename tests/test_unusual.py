@@ -22,7 +22,7 @@ each_loss = pytest.mark.parametrize("name", ["cross_entropy", "l1_loss", "mse_lo
 each_optimizer = pytest.mark.parametrize("name", fastopt.optim._operations.OPTIMIZERS)
 
 
-def arguments(name: str, rows: int = 600) -> tuple[Tensor, Tensor]:
+def arguments(name: str, rows: int = 1600) -> tuple[Tensor, Tensor]:
     """Of a size at which a kernel serves, if there are many rows."""
     input = torch.randn(rows, 1000, requires_grad=True)
     if name == "cross_entropy":
@@ -71,7 +71,7 @@ def test_memory_released_before_a_backward_pass(name: str) -> None:
 
 
 @each_loss
-@pytest.mark.parametrize("rows", [2, 600])
+@pytest.mark.parametrize("rows", [2, 1600])
 def test_scripted(name: str, rows: int) -> None:
     """The functions themselves and what calls them, as torch's."""
 
@@ -108,7 +108,7 @@ class Handled(Tensor):
 
 
 @each_loss
-@pytest.mark.parametrize("rows", [2, 600])
+@pytest.mark.parametrize("rows", [2, 1600])
 @pytest.mark.parametrize("place", [0, 1])
 def test_override_of_the_losses_alone(name: str, rows: int, place: int) -> None:
     tensors = list(arguments(name, rows))
@@ -122,7 +122,7 @@ def test_override_of_the_losses_alone(name: str, rows: int, place: int) -> None:
 
 
 @each_loss
-@pytest.mark.parametrize("rows", [2, 600])
+@pytest.mark.parametrize("rows", [2, 1600])
 @pytest.mark.parametrize("reduction", [["mean"], 3, "men", ("sum",)], ids=str)
 def test_reduction_of_another_kind(name: str, rows: int, reduction: object) -> None:
     tensors = arguments(name, rows)
