@@ -27,6 +27,8 @@ _OURS = [info for info in optim_db if info.name in fastopt.optim._operations.OPT
 #: Those that take matrices and nothing else, and those that take parameters of any shape.
 MATRICES: list[OptimizerInfo] = [info for info in _OURS if info.name == "Muon"]
 INFOS: list[OptimizerInfo] = [info for info in _OURS if info not in MATRICES]
+#: The names of the latter.
+NAMES = tuple(info.name for info in INFOS)
 EACH = pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
 FLAGS = ("foreach", "fused", "capturable", "differentiable")
 COMPLEX = (torch.complex64, torch.complex128)

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 from cases import DEVICE
+from race import NAMES
 from torch import Tensor
 
 import fastopt
-from fastopt.optim._operations import OPTIMIZERS
 
 COMPILERS = ["aot_eager", "inductor"]
-NAMES = tuple(OPTIMIZERS)
 
 pytestmark = [
     # torch's own, while it traces or compiles

@@ -23,7 +23,7 @@ each_loss = pytest.mark.parametrize("name", ["cross_entropy", "l1_loss", "mse_lo
 
 
 @pytest.fixture(autouse=True)
-def nothing_learned() -> Iterator[None]:
+def nothing_learned(no_crossovers: None) -> Iterator[None]:
     torch.manual_seed(0)
     RouteCache.forget()
     yield

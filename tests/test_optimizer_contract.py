@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import BACKEND, DEVICE, FLOATS, OPTIMIZERS, OptimizerCase
+from race import NAMES
 from test_optimizers import (
     ADAM,
     RMSPROP,
@@ -24,8 +25,6 @@ from test_optimizers import (
 from torch.nn import Parameter
 
 import fastopt
-
-NAMES = tuple(fastopt.optim._operations.OPTIMIZERS)
 
 
 @pytest.mark.parametrize("case", OPTIMIZERS, ids=str)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as theirs
+from race import NAMES
 from torch import Tensor
 
 import fastopt
@@ -19,7 +20,7 @@ from fastopt import BackendUnavailable
 from fastopt.front.call import RECORDS
 
 X, Y, LABELS = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
-OPTIMIZERS = fastopt.optim._operations.OPTIMIZERS
+OPTIMIZERS = {name: getattr(fastopt.optim, name) for name in NAMES}
 BACKENDS = pytest.mark.parametrize("backend", [None, "numba"])
 
 

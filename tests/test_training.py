@@ -463,8 +463,10 @@ FEATURES: dict[str, Feature] = {
 @pytest.mark.parametrize(
     ("name", "kind"), [(name, kind) for name, row in FEATURES.items() for kind in row.kinds]
 )
-def test_training(name: str, kind: str, seed: int) -> None:
+def test_training(name: str, kind: str, seed: int, request: pytest.FixtureRequest) -> None:
     """Everything seen is what torch sees, and kernels served."""
+    if name in ("losses-added", "two-backwards"):  # one of whose losses is a small one
+        request.getfixturevalue("no_crossovers")
     feature = FEATURES[name]
     ours, theirs = Training(fastopt, kind), Training(torch, kind)
     for training in (theirs, ours):

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from race import NAMES
 from torch.nn import Parameter
 
 import fastopt
@@ -162,7 +163,7 @@ def test_late_gradient_under_fused() -> None:
     torch.testing.assert_close(*outcomes)
 
 
-@pytest.mark.parametrize("name", fastopt.optim._operations.OPTIMIZERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_habits_of_frameworks(name: str) -> None:
     """Accelerate loads before the first step, wraps step and looks at zero_grad's signature."""
     outcomes = []

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as theirs
+from race import NAMES
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -19,7 +20,7 @@ import fastopt.nn.functional as ours
 from fastopt.front.route import RouteCache
 
 each_loss = pytest.mark.parametrize("name", ["cross_entropy", "l1_loss", "mse_loss"])
-each_optimizer = pytest.mark.parametrize("name", fastopt.optim._operations.OPTIMIZERS)
+each_optimizer = pytest.mark.parametrize("name", NAMES)
 
 
 def arguments(name: str, rows: int = 1600) -> tuple[Tensor, Tensor]:
