@@ -55,10 +55,8 @@ def check(race: Race) -> None:
         eps = torch.finfo(mine.dtype).eps
         off = (mine - its).detach().double().abs()
         # Triton's interpreter cuts bfloat16 off where a compiler rounds.
-        most, mean = (1e-2, 2e-3) if INTERPRETED else (2e-3, 2e-5)
-        assert not off.numel() or (
-            off.max() <= max(most, 32 * eps) and off.mean() <= max(mean, eps)
-        )
+        most, mean = (1e-2, max(2e-3, 4 * eps)) if INTERPRETED else (2e-3, max(2e-5, eps))
+        assert not off.numel() or (off.max() <= max(most, 32 * eps) and off.mean() <= mean)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -219,7 +219,8 @@ class Launches:
             behind = self._behind.current()
             for k, dtype in enumerate(self._scalars):
                 self._numbers.host[k, there] = self._read(self._first + k, dtype)
-            scalars = self._numbers.current()
+            if self._scalars:
+                scalars = self._numbers.current()
         uploads, hypers = self._hypers.uploads, self._hypers.current()
         for row, field, value in t.traced:
             hypers[row, field].copy_(value.reshape(()))
