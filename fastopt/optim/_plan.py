@@ -63,7 +63,7 @@ class StepPlan:
         """known: kinds of the plan before."""
         self._mode = _mode()
         sorting = sort(optimizer, known)  # may raise; nothing has been changed before
-        params = _all_params(optimizer)
+        params = all_params(optimizer)
         self._params = items_of(params)
         self._sizes = list(map(len, map(_params, optimizer.param_groups)))
         self._waiting = [m.place for m in sorting.waiting]
@@ -161,7 +161,7 @@ class StepPlan:
         """
         if (self._fresh and not first) or self._mode != _mode():
             return None
-        params = _all_params(optimizer)
+        params = all_params(optimizer)
         if not self._params.are(params) or not self._has_these_groups(optimizer.param_groups):
             return None
         grads = list(map(_grad, params))
@@ -286,7 +286,8 @@ def _mode() -> tuple[str | None, bool]:
     return dispatch.insisted(), torch.is_inference_mode_enabled()
 
 
-def _all_params(optimizer: PlannedStep) -> list[Tensor]:
+def all_params(optimizer: PlannedStep) -> list[Tensor]:
+    """Those of all groups, in their order."""
     return list(chain.from_iterable(map(_params, optimizer.param_groups)))
 
 

@@ -17,6 +17,7 @@ from ..kernels.tables import Tables
 from ._clipping import check_limit, divisor, norm_of, with_limit
 from ._hooks import with_hooks
 from ._kinds import Kind, default_counter, fits_torchs_fused, group_specials
+from ._plan import all_params
 from ._planner import Planner
 from ._seams import circumstances, torchs_parts
 from ._sort import size_of, sort
@@ -174,8 +175,8 @@ class PlannedStep(Optimizer):
                 loss = closure()
         if torch.compiler.is_compiling():
             if self.max_grad_norm is not None:
-                params = [p for group in self.param_groups for p in group["params"]]
-                self.grad_norm = torch.nn.utils.clip_grad_norm_(params, self.max_grad_norm)
+                limit = self.max_grad_norm
+                self.grad_norm = torch.nn.utils.clip_grad_norm_(all_params(self), limit)
             self._torch_step()
             return loss
         is_torchs = dispatch.insisted() in (None, "reference") and circumstances(self)
@@ -198,7 +199,7 @@ class PlannedStep(Optimizer):
 
         if is_torchs:
             if found_inf is None or not found_inf.item():
-                by_reference([p for group in self.param_groups for p in group["params"]])
+                by_reference(all_params(self))
             return loss
         planner: Planner | None = self.__dict__.get("_planner")
         if planner is None:
@@ -215,7 +216,7 @@ class PlannedStep(Optimizer):
                 f"max_grad_norm={most} with differentiable=True, through which nothing would flow "
                 "back (supported: clip_grad_norm_ before the step)"
             )
-        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        grads = [p.grad for p in all_params(self) if p.grad is not None]
         if most is None or not grads:
             return grad_scale
         self.grad_norm = norm_of(grads, grad_scale)

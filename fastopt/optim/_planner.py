@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor
 
-from ._plan import Found, StepPlan
+from ._plan import Found, StepPlan, all_params
 
 if TYPE_CHECKING:
     from ._planned import PlannedStep
@@ -70,8 +70,8 @@ class Planner(Keeper[StepPlan]):
             if found is not None:
                 self.plan = plan
                 return plan, found
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            plan.forget_states(optimizer, params)  # another thread has changed something
+            # Another thread has changed something.
+            plan.forget_states(optimizer, all_params(optimizer))
         raise RuntimeError("parameters, gradients or states keep changing while a step is planned")
 
 
