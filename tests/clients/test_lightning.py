@@ -38,7 +38,7 @@ class Words(lightning.LightningModule):
         self.embedding = torch.nn.Embedding(WORDS, WIDTH)
         self.head = torch.nn.Linear(WIDTH, CLASSES)
         self.cross_entropy = self.library.nn.CrossEntropyLoss(label_smoothing=0.1)
-        self.l1 = self.library.nn.L1Loss()
+        self.hinge = self.library.nn.HingeEmbeddingLoss()
         self.losses: list[Tensor] = []
         self.backends: set[str] = set()
 
@@ -66,13 +66,13 @@ class Words(lightning.LightningModule):
         return self.loss_of(batch) if self.automatic_optimization else self.take_turns(batch)
 
     def take_turns(self, batch: list[Tensor]) -> None:
-        """Manual optimisation: one optimizer draws words together, one learns, by a closure."""
+        """Manual optimisation: one optimizer pushes words to a margin, one learns, by a closure."""
         first, second = self.optimizers()
         self.note(first), self.note(second)  # in Lightning's wrapping
         with first.toggle_model():
             first.zero_grad()
             hidden = self.embedding(batch[0])
-            self.manual_backward(self.measure(self.l1, hidden, torch.zeros_like(hidden)))
+            self.manual_backward(self.measure(self.hinge, hidden, -torch.ones_like(hidden)))
             first.step()
 
         def closure() -> None:
