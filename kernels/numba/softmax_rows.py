@@ -18,7 +18,7 @@ from .pointer import from_bits, load, load_bits, per_line, prefetch, store
 from .reduction import sum_all
 from .softmax import chosen_coefficients, chosen_gradient, chosen_loss, read_label
 from .team import on_threads
-from .vector_math import cast, exp, log
+from .vector_math import cast, exp_below_one, log
 
 BLOCK = 2048
 # Rows whose losses are finished together.
@@ -58,7 +58,7 @@ def block_sum_exp(x: Any, begin: int, end: int, shift: Any, exps: Any, out: int)
     one = cast(1, shift)
     total = rest = cast(0, shift)
     for i in range(end - begin):
-        e = exp(load(x, begin + i) - shift)
+        e = exp_below_one(load(x, begin + i) - shift)
         if exps is not None:
             store(exps, out + i, e)
         total += e

@@ -16,7 +16,7 @@ from .pointer import SIDE, load, store, turn
 from .reduction import sum_all
 from .softmax import chosen_coefficients, chosen_gradient, chosen_loss, read_label
 from .team import on_threads
-from .vector_math import cast, exp, log
+from .vector_math import cast, exp_below_one, log
 
 # Classes that are summed in the compute dtype.
 FEW = 4
@@ -81,7 +81,7 @@ def column_sums(
     for begin in range(0, classes, FEW):
         for c in range(begin, min(begin + FEW, classes)):
             for j in range(count):
-                e = exp(load(tile, at + c * pitch + j) - load(tops, t + j))
+                e = exp_below_one(load(tile, at + c * pitch + j) - load(tops, t + j))
                 store(tile, at + c * pitch + j, e)
                 store(sums, t + j, load(sums, t + j) + e if c > begin else e)
         for j in range(count):
