@@ -1,6 +1,6 @@
 """Who runs: fastopt, torch as it comes, and the best that torch can do for the same work.
 
-    python bench/contenders.py CASE CONTENDER
+    python bench/contenders.py CASE CONTENDER loop|context
 
 times one of them in a process of its own: for each number on its standard input it makes so
 many calls and prints how long they took. Torch with huge pages runs so, because what decides
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as theirs
 from cases import ROWS, AverageRow, ClipRow, LossRow, OptimizerRow, Row
 from report import LARGE
-from timer import Seconds, Timed, timed
+from timer import Seconds, Timed, in_context, timed
 from torch.nn import Parameter
 
 import fastopt
@@ -166,9 +166,9 @@ def check(row: Row, contender: Contender, expected: list[torch.Tensor]) -> None:
 class Elsewhere:
     """A contender in a process of its own; to be closed."""
 
-    def __init__(self, row: Row, name: str) -> None:
+    def __init__(self, row: Row, name: str, loop: bool) -> None:
         self._process = subprocess.Popen(
-            (sys.executable, __file__, row.name, name),
+            (sys.executable, __file__, row.name, name, "loop" if loop else "context"),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
             env={**os.environ, **_HUGE_PAGES},
         )  # fmt: skip
@@ -184,8 +184,9 @@ class Elsewhere:
 
 
 def main() -> None:
-    row, name = ROWS[sys.argv[1]], sys.argv[2]
-    run: Timed = timed(make(row, TORCH if name == HUGE_PAGES else name).call)
+    row, name, how = ROWS[sys.argv[1]], *sys.argv[2:]
+    clock = timed if how == "loop" else in_context
+    run: Timed = clock(make(row, TORCH if name == HUGE_PAGES else name).call)
     for line in sys.stdin:
         print(run(int(line)), flush=True)
 

@@ -81,6 +81,8 @@ def _times(r: Results) -> str:
 
 def compare(old: Results, new: Results) -> tuple[str, bool]:
     """What has changed beyond the noise, as text; whether anything has become slower."""
+    if old.get("loop", True) != new["loop"]:
+        return "results in context say nothing about those in a loop", True
     # Files of earlier versions have no steps.
     before = {r["case"]: r for r in (*old["results"], *old.get("steps", ()))}
     lines, worse = [f"against {old['machine']['commit']}:"], False

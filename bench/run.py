@@ -1,9 +1,12 @@
 """fastopt against torch, case by case: correctness first, then time, as a ratio.
 
-    python bench/run.py [--full] [--only TEXT] [--json FILE] [--plots FOLDER] [--compare OLD.json]
+    python bench/run.py [--full] [--loop] [--only TEXT] [--json FILE] [--plots FOLDER]
+        [--compare OLD.json]
 
-Every contender of a case takes its turn in every round; a ratio compares medians, and on a
-shared machine the absolute times mean little. "best torch" is the fastest of torch's own ways:
+Contenders take turns; a ratio compares medians, and on a shared machine the absolute times mean
+little. Calls are timed one by one, in context: before each come a matrix product and a pass that
+empties the caches, as in a training step. With --loop a turn is a loop of calls instead, with
+warm caches. "best torch" is the fastest of torch's own ways:
 its default, for optimizers foreach and fused, for large losses torch with huge pages (a setting
 that counts from a process's start, so that one runs beside this process), and with --full
 torch.compile. For large cases a copy of as many bytes as have to be moved takes its turn, too.
@@ -18,6 +21,7 @@ import importlib.metadata
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,7 @@ from cases import ROWS, LossRow, Row
 from contenders import FASTOPT, HUGE_PAGES, TORCH, Elsewhere, check, expect, make, names
 from steps import STEPS
 from steps import measure as measure_step
-from timer import Timed, interleaved, median, spread, timed
+from timer import Timed, in_context, interleaved, median, one_by_one, spread, timed
 from tqdm import tqdm
 
 import fastopt
@@ -36,10 +40,10 @@ COPY = "a copy"
 _STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def copy_of(size: int) -> Timed:
+def copy_of(size: int) -> Callable[[], object]:
     """Torch's own copy, which moves so many bytes, half of them read."""
     source, target = (torch.ones(size // 2, dtype=torch.uint8) for _ in range(2))
-    return timed(lambda: target.copy_(source))
+    return lambda: target.copy_(source)
 
 
 def peak_memory(run: Timed) -> int | None:
@@ -58,13 +62,14 @@ def _resident(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(row: Row, seconds: float, full: bool) -> dict[str, Any]:
+def measure(row: Row, seconds: float, full: bool, loop: bool) -> dict[str, Any]:
     """One line of the result."""
+    clock = timed if loop else in_context
     contenders: dict[str, Timed] = {}
     failed: dict[str, str] = {}
     for name in names(row, full):
         if name == HUGE_PAGES:
-            contenders[name] = Elsewhere(row, name)
+            contenders[name] = Elsewhere(row, name, loop)
             continue
         contender = make(row, name)
         try:
@@ -76,10 +81,10 @@ def measure(row: Row, seconds: float, full: bool) -> dict[str, Any]:
             continue
         if name == FASTOPT:
             check(row, contender, expect(row))
-        contenders[name] = timed(contender.call)
+        contenders[name] = clock(contender.call)
     if row.size >= report.LARGE:
-        contenders[COPY] = copy_of(row.floor)
-    times = interleaved(contenders, seconds)
+        contenders[COPY] = clock(copy_of(row.floor))
+    times = (interleaved if loop else one_by_one)(contenders, seconds)
     here = {n: r for n, r in contenders.items() if not isinstance(r, Elsewhere) and n != COPY}
     memory = {name: peak_memory(run) for name, run in here.items()}
     for run in contenders.values():
@@ -149,6 +154,7 @@ def main() -> int:
     """Measure, print a table; 1 if something is slower than torch, or than in --compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="all cases, torch.compile as well")
+    parser.add_argument("--loop", action="store_true", help="calls in a loop, with warm caches")
     parser.add_argument("--only", default="", help="cases whose name holds this text")
     parser.add_argument("--seconds", type=float, help="for each case (quick: 1.5, full: 4)")
     parser.add_argument("--json", type=Path, help="file for the results")
@@ -165,7 +171,8 @@ def main() -> int:
         parser.error(f"no case has {arguments.only!r} in its name")
     seconds = arguments.seconds or (4.0 if arguments.full else 1.5)
     old = report.read(arguments.compare) if arguments.compare else None
-    found: dict[str, Any] = {"machine": machine(), "results": [], "steps": []}
+    found: dict[str, Any] = {"loop": arguments.loop, "machine": machine()}
+    found |= {"results": [], "steps": []}
 
     def add(kind: str, result: dict[str, Any]) -> None:
         found[kind].append(result)
@@ -177,7 +184,7 @@ def main() -> int:
     for step in tqdm(steps, unit="step", leave=False):
         add("steps", measure_step(step, seconds))
     for row in tqdm(rows, unit="case", leave=False):
-        add("results", measure(row, seconds, arguments.full))
+        add("results", measure(row, seconds, arguments.full, arguments.loop))
         gc.collect()
         torch.compiler.reset()
     print(report.table(found))

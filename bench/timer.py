@@ -6,19 +6,44 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
+import torch
+
 Seconds = float
 #: Makes so many calls and says how long they took.
 Timed = Callable[[int], Seconds]
+#: The fewest and the most calls of a contender in context.
+FEWEST, MOST = 15, 401
 
 
 def timed(call: Callable[[], object]) -> Timed:
-    """The timing of a call in this process."""
+    """The timing of a call in this process, one after the other."""
 
     def run(count: int) -> Seconds:
         start = time.perf_counter()
         for _ in range(count):
             call()
         return time.perf_counter() - start
+
+    return run
+
+
+def in_context(call: Callable[[], object]) -> Timed:
+    """The same, with what a training step does between two calls before each of them, untimed.
+
+    That is a matrix product, whose threads and code take the cores, and a pass over 96 MB, which
+    empties the caches.
+    """
+    factor, passed = torch.ones(512, 512), torch.zeros(24 << 20)
+
+    def run(count: int) -> Seconds:
+        total = 0.0
+        for _ in range(count):
+            torch.mm(factor, factor)
+            passed.add_(1.0)
+            start = time.perf_counter()
+            call()
+            total += time.perf_counter() - start
+        return total
 
     return run
 
@@ -41,6 +66,19 @@ def interleaved(
     for _ in range(rounds):
         for name, run in contenders.items():
             times[name].append(run(calls[name]) / calls[name])
+    return times
+
+
+def one_by_one(contenders: Mapping[str, Timed], seconds: Seconds) -> dict[str, list[Seconds]]:
+    """The same, a call a turn, for contenders `in_context`."""
+    for run in contenders.values():
+        run(2)
+    start = time.perf_counter()
+    times = {name: [run(1)] for name, run in contenders.items()}
+    spent = time.perf_counter() - start
+    for _ in range(min(max(int(seconds / spent), FEWEST), MOST) - 1):
+        for name, run in contenders.items():
+            times[name].append(run(1))
     return times
 
 
