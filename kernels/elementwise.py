@@ -25,9 +25,13 @@ def compute_dtype(operands: Tensors) -> torch.dtype:
 
 def numbers_of(tensors: Tensors) -> Tensors:
     """The operands, integers among them as numbers of the dtype to compute in."""
-    return tuple(
-        t if t is None or t.is_floating_point() else t.to(compute_dtype(tensors)) for t in tensors
-    )
+    for t in tensors:
+        if t is not None and not t.is_floating_point():
+            dtype = compute_dtype(tensors)
+            return tuple(
+                [t if t is None or t.is_floating_point() else t.to(dtype) for t in tensors]
+            )
+    return tensors
 
 
 def divisor_of(options: Options, tensors: Tensors, place: Walk) -> float | None:
@@ -56,7 +60,7 @@ def empty_like_walk(
     """Uninitialised memory for a result of the walk's shape, in the walk's order."""
     if not place.flat:
         return empty(place.shape, dtype)
-    like = next(t for t in operands if t is not None and tuple(t.shape) == place.shape)
+    like = next(t for t in operands if t is not None and t.shape == place.shape)
     if like.is_contiguous():
         return empty(place.shape, dtype)
     order = sorted(range(like.dim()), key=like.stride, reverse=True)
@@ -74,7 +78,7 @@ def empty_grads(
             grads.append(None)
             continue
         # one that is broadcast has its gradient summed up afterwards
-        dtype = t.dtype if tuple(t.shape) == place.shape else compute_dtype(operands)
+        dtype = t.dtype if t.shape == place.shape else compute_dtype(operands)
         grads.append(empty_like_walk(operands, dtype, place, empty))
     return tuple(grads)
 

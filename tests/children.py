@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import inspect
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -40,34 +44,86 @@ def run_code(code: str, package: Path | None = None, **env: str | None) -> str:
         package: folder with a copy of fastopt that is to be imported in place of this one.
         env: environment variables to set, or with None to remove.
     """
-    check = ""
-    path = [str(ROOT / "tests")]
-    if package is not None:
-        path.insert(0, str(package))
-        check = f"import fastopt; assert fastopt.__file__.startswith({str(package)!r})\n"
-    # Without .pyc files, so that only numba's cache can be stale.
-    usual = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_")}
-    usual |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": os.pathsep.join(path)}
+    code, path, usual = _prepared(code, package)
     merged = {k: v for k, v in {**usual, **env}.items() if v is not None}
     child = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-c", check + code],
-        env=merged,
+        [sys.executable, "-X", "faulthandler", "-c", code],
+        env={**merged, "PYTHONPATH": os.pathsep.join(path)},
         cwd=ROOT / "tests",
         timeout=HANG,
         capture_output=True,
         text=True,
     )
-    assert child.returncode == 0, f"exit status {child.returncode}\n{child.stdout}\n{child.stderr}"
-    return child.stdout
+    return _printed(child.returncode, child.stdout, child.stderr)
 
 
 def run(
     function: Callable[..., None], *args: Any, package: Path | None = None, **env: str | None
 ) -> str:
-    """Call a function of a test module in a new process; args need a repr that is code."""
+    """Call a function of a test module in a new process; args need a repr that is code.
+
+    The process may have imported torch and numba already, where they need no environment of their
+    own.
+    """
     module = inspect.getmodulename(function.__code__.co_filename)
     code = f"import {module}; {module}.{function.__name__}(*{args!r})"
-    return run_code(code, package, **env)
+    if env or sys.platform != "linux":
+        return run_code(code, package, **env)
+    code, path, usual = _prepared(code, package)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: str(Path(folder, name)) for name in ("stdout", "stderr")}
+        request = {"code": code, "path": path, "env": usual, "seconds": HANG, **files}
+        with _nursery() as (stdin, stdout):
+            stdin.write(json.dumps(request) + "\n")
+            status = int(stdout.readline())
+        return _printed(status, *[Path(file).read_text() for file in files.values()])
+
+
+def _prepared(code: str, package: Path | None) -> tuple[str, list[str], dict[str, str]]:
+    """The code, where it imports from, and the usual environment."""
+    path = [str(ROOT / "tests")]
+    if package is not None:
+        path.insert(0, str(package))
+        code = f"import fastopt; assert fastopt.__file__.startswith({str(package)!r})\n{code}"
+    # Without .pyc files, so that only numba's cache can be stale.
+    usual = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_")}
+    return code, path, {**usual, "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def _printed(status: int, stdout: str, stderr: str) -> str:
+    assert status == 0, f"exit status {status}\n{stdout}\n{stderr}"
+    return stdout
+
+
+_idle: list[subprocess.Popen[str]] = []  # several threads have several children at once
+
+
+@contextmanager
+def _nursery() -> Iterator[tuple[IO[str], IO[str]]]:
+    """The input and the output of one that is idle."""
+    if _idle:
+        nursery = _idle.pop()
+    else:
+        usual = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_")}
+        nursery = subprocess.Popen(
+            (sys.executable, "-c", "import nursery; nursery.serve()"),
+            env={**usual, "PYTHONDONTWRITEBYTECODE": "1"},
+            cwd=ROOT / "tests",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+    assert nursery.stdin is not None
+    assert nursery.stdout is not None
+    yield nursery.stdin, nursery.stdout
+    _idle.append(nursery)
+
+
+@atexit.register
+def _close() -> None:
+    while _idle:
+        _idle.pop().communicate()
 
 
 def copy_package(folder: Path) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -104,23 +104,57 @@ def flat_all(
         store(loss, 0, sum_all(sums, (chunks + group - 1) // group) / divisor)
 
 
+class _Schedule(NamedTuple):
+    """What is the same for all launches of one kind.
+
+    Attributes:
+        launch: the loop, compiled for the kind.
+        numbers, steps: the addresses of the record's numbers and of the operands' steps.
+        group: chunks whose sums are added up by one thread.
+        bytes: of scratch memory.
+        kept: what has to live as long.
+    """
+
+    launch: Launcher
+    numbers: int
+    steps: int
+    group: int
+    bytes: int
+    kept: Any
+
+
+@functools.lru_cache(1024)
+def _schedule(
+    record: Elementwise, place: Walk, operands: tuple[torch.dtype | None, ...],
+    grads: tuple[torch.dtype | None, ...], values: torch.dtype | None,
+    upstream: torch.dtype | None, loss: torch.dtype | None,
+) -> _Schedule:  # fmt: skip
+    """The dtypes are those of the tensors that there are."""
+    numbers = np.array(record.values, np.float64)
+    steps = np.array([step[:2] for step in place.steps], np.int64)
+    fixed = tuple(step[2] == 0 for step in place.steps)
+    launch = _launcher(
+        type(record), record.settings, operands, fixed, grads, values, upstream, loss
+    )
+    group = max(1, CHUNK // max(place.inner, 1))
+    chunks = place.first * place.second * -(-place.inner // CHUNK)
+    addresses = numbers.ctypes.data, steps.ctypes.data
+    return _Schedule(launch, *addresses, group, 8 * -(-chunks // group), (numbers, steps))
+
+
 @functools.cache
 def _launcher(
-    operation: type[Elementwise],
-    flags: tuple[int, ...],
-    operands: tuple[tuple[torch.dtype, bool] | None, ...],
-    values: torch.dtype | None,
-    upstream: torch.dtype | None,
-    loss: torch.dtype | None,
-    *grads: torch.dtype | None,
-) -> Launcher:
-    """operands: dtypes, and whether a block has but one number of it; the others: dtypes."""
-    double = any(operand is not None and operand[0] == torch.float64 for operand in operands)
-    compute = "float64" if double else "float32"
+    operation: type[Elementwise], flags: tuple[int, ...],
+    operands: tuple[torch.dtype | None, ...], fixed: tuple[bool, ...],
+    grads: tuple[torch.dtype | None, ...], values: torch.dtype | None,
+    upstream: torch.dtype | None, loss: torch.dtype | None,
+) -> Launcher:  # fmt: skip
+    """fixed: of which operands a block has but one number."""
+    compute = "float64" if torch.float64 in operands else "float32"
     slots = itertools.count(1)
     read = [
-        types.none if d is None else pointer(dtype_name(d[0]), next(slots), compute, d[1])
-        for d in operands
+        types.none if d is None else pointer(dtype_name(d), next(slots), compute, one)
+        for d, one in zip(operands, fixed, strict=True)
     ]
     written = [optional_pointer(d, next(slots), compute) for d in grads]
     sums = None if loss is None else torch.float64
@@ -153,36 +187,21 @@ def _run(
 ) -> None:
     """Launch. The gradients are `scale` times the slopes, and upstream's elements, if given."""
     record: Any = options.record
-    launch = _launcher(
-        record.__class__,
-        record.settings,
-        tuple(
-            None if t is None else (t.dtype, step[2] == 0)
-            for t, step in zip(operands, place.steps, strict=True)
-        ),
-        *[None if t is None else t.dtype for t in (values, upstream, loss)],
-        *[None if t is None else t.dtype for t in grads],
+    schedule = _schedule(
+        record, place, _dtypes(operands), _dtypes(grads), *_dtypes((values, upstream, loss))
     )
-    numbers, steps, _ = _tables(record.values, place.steps)
-    chunks = place.first * place.second * -(-place.inner // CHUNK)
-    group = max(1, CHUNK // max(place.inner, 1))
-    sums, kept = (None, None) if loss is None else memory.scratch(8 * -(-chunks // group))
-    launch(
-        parts_for(place.places, GRAIN), numbers, tuple(map(_address, operands)), steps,
-        _address(values), tuple(map(_address, grads)), _address(upstream), sums, _address(loss),
-        scale * record.factor, divisor, place.first, place.second, place.inner, group,
+    sums, kept = (None, None) if loss is None else memory.scratch(schedule.bytes)
+    schedule.launch(
+        parts_for(place.places, GRAIN), schedule.numbers, tuple(map(_address, operands)),
+        schedule.steps, _address(values), tuple(map(_address, grads)), _address(upstream), sums,
+        _address(loss), scale * record.factor, divisor, place.first, place.second, place.inner,
+        schedule.group,
     )  # fmt: skip
     del kept
 
 
-@functools.lru_cache(512)
-def _tables(
-    values: tuple[float, ...], steps: tuple[tuple[int, int, int], ...]
-) -> tuple[int, int, Any]:
-    """Where a record's numbers and the operands' steps are, and what keeps them there."""
-    numbers = np.array(values, np.float64)
-    outer = np.array([step[:2] for step in steps], np.int64)
-    return numbers.ctypes.data, outer.ctypes.data, (numbers, outer)
+def _dtypes(tensors: Tensors) -> tuple[torch.dtype | None, ...]:
+    return tuple([None if t is None else t.dtype for t in tensors])
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:
