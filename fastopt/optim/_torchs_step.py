@@ -29,18 +29,13 @@ class TorchsStep(Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 alike.setdefault((param.device, param.dtype), []).append(param)
-        return tuple(
-            dispatch.choose(
-                Request(
-                    self._operation,
-                    device.type,
-                    (dtype,),
-                    sum(map(size_of, params)),
-                    (self._reason,),
-                    insisted=dispatch.insisted(),
-                )  # fmt: skip
-            )
+        requests = [
+            Request(self._operation, device.type, (dtype,), sum(map(size_of, params)))
             for (device, dtype), params in alike.items()
+        ]
+        special, insisted = (self._reason,), dispatch.insisted()
+        return tuple(
+            dispatch.choose(r._replace(special=special, insisted=insisted)) for r in requests
         )
 
     def _take_step(self, step: Callable[..., Any], closure: Any) -> Any:
