@@ -156,6 +156,13 @@ class PlannedStep(Optimizer):
         """A state that is one number, at its beginning."""
         return 1.0
 
+    @classmethod
+    def _usual(cls, size: int, dtype: torch.dtype) -> list[torch.nn.Parameter]:
+        """Parameters of so many elements, with gradients, that need all that is compiled."""
+        param = torch.nn.Parameter(torch.zeros(64, size // 64, dtype=dtype))
+        param.grad = torch.zeros_like(param)
+        return [param]
+
     # What torch wraps a class's `step` in.
     profile_hook_step = staticmethod(with_hooks)  # type: ignore[assignment]
 

@@ -136,7 +136,7 @@ class Adafactor(PlannedStep, torch.optim.Adafactor):
 
     def _refuse_param(self, param: Tensor) -> str | None:
         if param.device.type != "cpu" or insisted() == "triton":
-            return "rows and columns, whose means kernels take on CPUs alone"
+            return "rows and columns, whose means no kernel takes on a GPU"
         if not param.numel():
             return "a parameter without elements, by whose number torch divides"
         if param.grad is not None and param.grad.dtype != param.dtype:
@@ -153,6 +153,13 @@ class Adafactor(PlannedStep, torch.optim.Adafactor):
         if name == "variance":
             return same_layout(param, state)
         return list(state.shape) == _shape(name, param) and state.is_contiguous()
+
+    @classmethod
+    def _usual(cls, size: int, dtype: torch.dtype) -> list[torch.nn.Parameter]:
+        (matrix,) = super()._usual(size, dtype)
+        vector = torch.nn.Parameter(torch.zeros(size, dtype=dtype))
+        vector.grad = torch.zeros_like(vector)
+        return [matrix, vector]
 
     def _launcher(self, backend: Any, kind: Kind) -> Callable[[Tables], Any]:
         launcher: Callable[[Tables], Any] = backend.factored_launcher(

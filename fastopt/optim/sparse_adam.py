@@ -96,6 +96,12 @@ class SparseAdam(PlannedStep, torch.optim.SparseAdam):
     _record = SparseAdamUpdate
     _rates = ("betas",)
 
+    @classmethod
+    def _usual(cls, size: int, dtype: torch.dtype) -> list[torch.nn.Parameter]:
+        (param,) = super()._usual(size, dtype)
+        param.grad = torch.ones_like(param).to_sparse(1)
+        return [param]
+
     def _decisions(self) -> tuple[Decision, ...]:
         found: dict[tuple[Any, ...], list[Tensor]] = {}
         around = self._around()
