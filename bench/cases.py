@@ -68,8 +68,11 @@ class OptimizerRow:
     def floor(self) -> int:
         """Bytes: parameter and states read and written once, the gradient read once, or twice."""
         kind: Any = KINDS[self.operation]
-        optimizer = kind([Parameter(torch.empty(1, 1))], **self.options)
-        states = len(optimizer._active(optimizer.param_groups[0]))
+        param = Parameter(torch.empty(2, 2))
+        optimizer = kind([param], **self.options)
+        (group,) = optimizer.param_groups
+        begun = [optimizer._begin(n, param, group) for n in optimizer._active_of(group, param)]
+        states = sum(state.numel() == param.numel() for state in begun)  # no rows and columns
         reads = 1 if self.clip is None else 2
         return self.size * self.dtype.itemsize * (2 + reads + 2 * states)
 
@@ -283,7 +286,9 @@ _SIZES: tuple[tuple[str, tuple[tuple[int, ...], ...], bool], ...] = (
     ("16777216", ((1 << 24,),), True),
 )
 _OPTIONS: dict[str, Any] = {
-    name: kind._record.variants[-1] for name, kind in KINDS.items() if name != "Muon"
+    name: kind._record.variants[-1]
+    for name, kind in KINDS.items()
+    if name not in ("Muon", "Adafactor", "SparseAdam")
 }
 OPTIMIZERS = [
     *[
@@ -303,6 +308,10 @@ OPTIMIZERS = [
     ],
     OptimizerRow("Muon 48 matrices of 128", "Muon", ((128, 128),) * 48, quick=True),
     OptimizerRow("Muon 12 matrices of 512", "Muon", ((512, 512),) * 12),
+    OptimizerRow("Adafactor 300 matrices of 16", "Adafactor", ((16, 16),) * 300, quick=True),
+    OptimizerRow("Adafactor 300 tensors of 16", "Adafactor", ((16,),) * 300),
+    OptimizerRow("Adafactor 1 matrix of 4096", "Adafactor", ((4096, 4096),), quick=True),
+    OptimizerRow("Adafactor like GPT-2", "Adafactor", _GPT2),
     OptimizerRow("AdamW like GPT-2", "AdamW", _GPT2),
     OptimizerRow("SGD like ResNet-50", "SGD", _RESNET50, _MOMENTUM),
 ]  # fmt: skip

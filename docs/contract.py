@@ -394,6 +394,18 @@ def table(features: Iterable[Feature], operations: tuple[str, ...]) -> list[str]
     return lines
 
 
+#: The optimizers that have no kernels for GPUs.
+APART = ("Adafactor", "SparseAdam", "LBFGS")
+
+
+def apart(name: str, device: str) -> str:
+    """Of a contiguous parameter and a gradient of its dtype."""
+    place = "cpu" if device == "CPU" else "meta"
+    optimizer = getattr(fastopt.optim, name)([Parameter(torch.zeros(4, 6, device=place))])
+    (decision,) = fastopt.explain(optimizer)
+    return verdict(decision, device)
+
+
 def page() -> str:
     every = (*POINTWISE, "cross_entropy")
     sections = {
@@ -405,7 +417,15 @@ def page() -> str:
             "| --- | --- |",
             *(f"| {d.words} | {', '.join({how(d, op): 0 for op in every})} |" for d in DERIVATIVES),
         ],
-        "Optimizers": table(OPTIMIZER_FEATURES, tuple(fastopt.optim._operations.OPTIMIZERS)),
+        "Optimizers": table(
+            OPTIMIZER_FEATURES,
+            tuple(n for n in fastopt.optim._operations.OPTIMIZERS if n not in APART),
+        ),
+        "Optimizers for CPUs, or without kernels": [
+            "| | CPU | GPU |",
+            "| --- | --- | --- |",
+            *(f"| {name} | {apart(name, 'CPU')} | {apart(name, 'GPU')} |" for name in APART),
+        ],
     }
     tables = "\n".join(
         "\n".join([f"## {title}", "", *rows, ""]) for title, rows in sections.items()

@@ -15,7 +15,7 @@ from . import __version__
 from ._warmup import DTYPES, NAMES, warm_up
 from .dispatch import BACKENDS, Request
 from .front.call import RECORDS
-from .optim._operations import OPTIMIZERS
+from .optim._operations import CLASSES
 
 
 def main() -> None:
@@ -51,10 +51,11 @@ def report() -> None:
     print(f"devices {', '.join(_devices())}")
     print("\nOperations and backends, for float32 on each device:")
     for device in dict.fromkeys(name.split(":")[0] for name in _devices()):
-        for operation in (*sorted(RECORDS), *OPTIMIZERS):
+        for operation in (*sorted(RECORDS), *CLASSES):
             dtypes = (torch.float32,) * 2
+            special = tuple(filter(None, (_reason(operation),)))
             capability = torch.cuda.get_device_capability() if device == "cuda" else None
-            request = Request(operation, device, dtypes, 1, capability=capability)
+            request = Request(operation, device, dtypes, 1, special, capability)
             print(f"  {operation} on {device}")
             for name, backend in BACKENDS.items():
                 reasons = backend.refusals(request)
@@ -67,6 +68,13 @@ def report() -> None:
             for classes, count in rows:
                 what = f"in rows of up to {classes} classes of {size} bytes"
                 print(f"  {name:{widest}s} {count:,} {what}")
+
+
+def _reason(operation: str) -> str | None:
+    """Why no kernel has an operation."""
+    if operation in RECORDS:
+        return getattr(RECORDS[operation], "reason", None)
+    return getattr(CLASSES[operation], "_reason", None)
 
 
 def _version(package: str) -> str:

@@ -18,8 +18,9 @@ from .errors import wrapper_hint
 from .front.call import LossModule
 from .nn._operations import MODULES
 from .nn.utils.clip_grad import FUNCTIONS as CLIPPING
-from .optim._operations import OPTIMIZERS
+from .optim._operations import CLASSES
 from .optim._planned import PlannedStep
+from .optim._torchs_step import TorchsStep
 from .optim.swa_utils import AveragedModel
 
 __all__ = ["convert"]
@@ -71,8 +72,10 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
     if to not in ("fastopt", "torch"):
         raise ValueError(f"to={to!r} (supported: 'fastopt', 'torch')")
     if isinstance(subject, Optimizer):
-        if not (to == "fastopt" and isinstance(subject, PlannedStep)):  # a subclass of ours, too
-            _convert_optimizer(subject, _twins(OPTIMIZERS, to), to)
+        if not (
+            to == "fastopt" and isinstance(subject, (PlannedStep, TorchsStep))
+        ):  # a subclass of ours, too
+            _convert_optimizer(subject, _twins(CLASSES, to), to)
     elif isinstance(subject, torch.nn.Module):
         _convert_modules(subject, _twins({**MODULES, "AveragedModel": AveragedModel}, to), to)
     elif subject is torch.nn.utils:

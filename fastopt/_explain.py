@@ -8,8 +8,9 @@ from .dispatch import Decision
 from .errors import wrapper_hint
 from .front.call import LossModule
 from .nn._operations import FUNCTIONS, MODULES
-from .optim._operations import OPTIMIZERS
+from .optim._operations import CLASSES
 from .optim._planned import PlannedStep
+from .optim._torchs_step import TorchsStep
 from .optim.swa_utils import AveragedModel
 
 __all__ = ["Explanation", "explain"]
@@ -46,7 +47,7 @@ def explain(subject: Any, /, *args: Any, **kwargs: Any) -> Explanation:
         >>> print(fastopt.explain(fastopt.nn.MSELoss(), x, y))
         >>> print(fastopt.explain(optimizer))
     """
-    if isinstance(subject, PlannedStep):
+    if isinstance(subject, (PlannedStep, TorchsStep)):
         if args or kwargs:
             raise TypeError("an optimizer is explained by itself, without further arguments")
         return Explanation(subject._decisions())
@@ -57,7 +58,7 @@ def explain(subject: Any, /, *args: Any, **kwargs: Any) -> Explanation:
     if hasattr(subject, "decide"):
         return Explanation((subject.decide(*args, **kwargs),))
     known = {
-        "fastopt.nn": MODULES, "fastopt.nn.functional": FUNCTIONS, "fastopt.optim": OPTIMIZERS,
+        "fastopt.nn": MODULES, "fastopt.nn.functional": FUNCTIONS, "fastopt.optim": CLASSES,
         "fastopt.optim.swa_utils": ["AveragedModel"],
     }  # fmt: skip
     supported = "; ".join(f"{', '.join(names)} of {module}" for module, names in known.items())

@@ -43,9 +43,8 @@ def jobs(
     for name in [n for n in OPTIMIZERS if n in only]:
         for options in OPTIMIZERS[name]._record.variants:
             for size in _SIZES:
-                p = torch.nn.Parameter(torch.zeros(64, size // 64, dtype=dtype))
-                p.grad = torch.zeros_like(p)
-                yield name, OPTIMIZERS[name]([p], **options).step
+                params = OPTIMIZERS[name]._usual(size, dtype)
+                yield name, OPTIMIZERS[name](params, **options).step
 
 
 def _loss(value: Callable[[], Any]) -> Callable[[], None]:

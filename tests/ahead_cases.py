@@ -20,10 +20,12 @@ from fastopt.nn.cross_entropy import CrossEntropy
 from fastopt.nn.l1 import L1
 from fastopt.nn.mse import MSE
 from fastopt.optim._operations import OPTIMIZERS
+from fastopt.optim.adafactor import AdafactorUpdate
 from fastopt.optim.adam import AdamUpdate
 from fastopt.optim.muon import OrthogonalUpdate
 from fastopt.optim.rmsprop import RMSpropUpdate
 from fastopt.optim.sgd import SGDUpdate
+from fastopt.optim.sparse_adam import SparseAdamUpdate
 
 FLOAT, BFLOAT, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float16, torch.float64
 META, CPU = torch.device("meta"), torch.device("cpu")
@@ -190,11 +192,11 @@ ADAM = (Step(AdamUpdate, (True, True, False)), Step(AdamUpdate, (True, True, Tru
 RMSPROP = tuple(
     Step(RMSpropUpdate, (True, *rest)) for rest in itertools.product((False, True), repeat=2)
 )
-#: Those of the others with all of their states.
+#: Those of the others with all of their states, but for what GPUs have no kernels for.
 OTHERS = tuple(
     Step(record, (True,) * len(record.slots))
     for record in (*dict.fromkeys(k._record for k in OPTIMIZERS.values()), OrthogonalUpdate)
-    if record not in (SGDUpdate, AdamUpdate, RMSpropUpdate)
+    if record not in (SGDUpdate, AdamUpdate, RMSpropUpdate, AdafactorUpdate, SparseAdamUpdate)
 )
 STEPS = (*SGD, *ADAM, *RMSPROP, *OTHERS)
 CLIPS = (Clip(), Clip(1.0), Clip(math.inf), Clip(None))

@@ -24,9 +24,12 @@ from torch.testing._internal.common_optimizers import OptimizerInfo, optim_db
 import fastopt
 
 _OURS = [info for info in optim_db if info.name in fastopt.optim._operations.OPTIMIZERS]
-#: Those that take matrices and nothing else, and those that take parameters of any shape.
+#: Those that take matrices and nothing else, none without elements, none but sparse gradients.
 MATRICES: list[OptimizerInfo] = [info for info in _OURS if info.name == "Muon"]
-INFOS: list[OptimizerInfo] = [info for info in _OURS if info not in MATRICES]
+FILLED: list[OptimizerInfo] = [info for info in _OURS if info.name == "Adafactor"]
+SPARSE: list[OptimizerInfo] = [info for info in _OURS if info.only_supports_sparse_grads]
+#: Those that take parameters of any shape.
+INFOS = [info for info in _OURS if info not in (*MATRICES, *FILLED, *SPARSE)]
 #: The names of the latter.
 NAMES = tuple(info.name for info in INFOS)
 EACH = pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)

@@ -153,11 +153,10 @@ class Own(torch.optim.Adam):
 
 def test_what_is_no_optimizer_of_torchs_own() -> None:
     params = [nn.Parameter(torch.zeros(2))]
-    for optimizer in (torch.optim.LBFGS(params), Own(params)):
-        kind = type(optimizer)
-        with pytest.raises(TypeError, match=rf"{kind.__name__} \(supported: torch\.optim\."):
-            fastopt.convert(optimizer)
-        assert type(optimizer) is kind
+    optimizer = Own(params)
+    with pytest.raises(TypeError, match=r"Own \(supported: torch\.optim\."):
+        fastopt.convert(optimizer)
+    assert type(optimizer) is Own
 
     class Wrapper(Optimizer):
         def __init__(self) -> None:

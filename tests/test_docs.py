@@ -30,7 +30,7 @@ from children import ROOT, run
 import fastopt
 from fastopt.nn._operations import FUNCTIONS, MODULES
 from fastopt.nn.utils.clip_grad import FUNCTIONS as CLIPPING
-from fastopt.optim._operations import OPTIMIZERS
+from fastopt.optim._operations import CLASSES
 
 DOCS = ROOT / "docs"
 PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in DOCS.glob("*.md")))
@@ -163,7 +163,7 @@ def documented() -> dict[str, Any]:
     public |= {f"nn.{name}": kind for name, kind in MODULES.items()}
     public |= {f"nn.functional.{name}": function for name, function in FUNCTIONS.items()}
     public |= {f"nn.utils.{name}": function for name, function in CLIPPING.items()}
-    public |= {f"optim.{name}": kind for name, kind in OPTIMIZERS.items()}
+    public |= {f"optim.{name}": kind for name, kind in CLASSES.items()}
     return {f"fastopt.{name}": p for name, p in public.items() if ">>>" in (p.__doc__ or "")}
 
 

@@ -15,10 +15,12 @@ from cases import BACKEND, DEVICE, FLOATS, INTERPRETED, assert_as_accurate
 from race import (
     COMPLEX,
     EACH,
+    FILLED,
     FLAGGED,
     FLAGGED_IDS,
     INFOS,
     MATRICES,
+    SPARSE,
     Race,
     every_input,
     flags_of,
@@ -52,7 +54,7 @@ def close_enough(race: Race, rounded: bool) -> None:
 
 
 def test_torch_tests_each_of_them() -> None:
-    names = [info.name for info in (*INFOS, *MATRICES)]
+    names = [info.name for info in (*INFOS, *MATRICES, *FILLED, *SPARSE)]
     assert sorted(names) == sorted(fastopt.optim._operations.OPTIMIZERS)
 
 

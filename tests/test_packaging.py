@@ -20,7 +20,7 @@ from children import ROOT
 import fastopt
 from fastopt.nn._operations import FUNCTIONS as FUNCTIONS_OF_NN
 from fastopt.nn._operations import MODULES
-from fastopt.optim._operations import OPTIMIZERS
+from fastopt.optim._operations import CLASSES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -37,7 +37,7 @@ NAMES = {
     },
     fastopt.nn: {*MODULES, "functional"},
     fastopt.nn.functional: {*FUNCTIONS_OF_NN},
-    fastopt.optim: {*OPTIMIZERS},
+    fastopt.optim: {*CLASSES},
     fastopt.optim.swa_utils: {"AveragedModel"},
 }  # fmt: skip
 TWINS: list[tuple[type, type]] = [

@@ -97,6 +97,8 @@ _LARGEST = float(np.finfo(np.float64).max)
 
 def _is_served(optimizer: PlannedStep, group: dict[str, Any], name: str, number: Any) -> bool:
     """Whether the kernels take a hyperparameter, of which torch takes more and refuses others."""
+    if number is None:
+        return name in optimizer._optional
     if isinstance(number, (np.floating, np.integer)):
         if type(number) is np.float16 and (
             name == "betas" or group.get("capturable") or not optimizer._takes_halves
@@ -157,7 +159,9 @@ def kind_of(
     whole, param, grad = param, local(param), local(grad)
     if not around:  # a transform's tensors have no address
         special += _layout_specials(param, grad, there)
-    active = () if group_special else optimizer._active(group)
+        if not special and (refused := optimizer._refuse_param(whole)):
+            special.append(refused)
+    active = () if group_special else optimizer._active_of(group, param)
     # Torch creates all states or none, or has created them.
     if (state or optimizer._made_early) and optimizer._counts_steps:
         names = (*active, *optimizer._scalars, "step")
@@ -177,7 +181,7 @@ def kind_of(
             special.append(f"state {name!r} of another device than the parameter's")
         elif unlike := shard_specials(f"state {name!r}", value, whole):
             special += unlike
-        elif not special and not same_layout(param, local(value)):
+        elif not special and not optimizer._fits(name, param, local(value)):
             special.append(f"state {name!r} of another layout than the parameter's")
         elif there and not special and is_released(local(value)):
             raise released_error(f"a state {name!r}", local(value))

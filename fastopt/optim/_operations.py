@@ -7,13 +7,17 @@ import pkgutil
 from pathlib import Path
 
 from ._planned import PlannedStep
+from ._torchs_step import TorchsStep
 
-__all__ = ["OPTIMIZERS"]
+__all__ = ["CLASSES", "OPTIMIZERS"]
 
 #: The public classes, by torch's names.
-OPTIMIZERS: dict[str, type[PlannedStep]] = {}
+CLASSES: dict[str, type[PlannedStep] | type[TorchsStep]] = {}
 
 for _file in sorted(f.name for f in pkgutil.iter_modules([str(Path(__file__).parent)])):
     if _file != "swa_utils" and not _file.startswith("_"):
         _module = importlib.import_module(f".{_file}", __package__)
-        OPTIMIZERS |= {name: getattr(_module, name) for name in _module.__all__}
+        CLASSES |= {name: getattr(_module, name) for name in _module.__all__}
+
+#: Those that kernels serve.
+OPTIMIZERS = {name: kind for name, kind in CLASSES.items() if issubclass(kind, PlannedStep)}

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .. import dispatch
 from ..dispatch import Decision
+from ..kernels.layout import same_layout
 from ..kernels.operation import Update
 from ..kernels.tables import Tables
 from ._clipping import check_limit, divisor, norm_of, with_limit
@@ -53,6 +54,8 @@ class PlannedStep(Optimizer):
     _counts_there: ClassVar[bool] = False
     #: hyperparameters that the kernels take from [0, 1) only
     _rates: ClassVar[tuple[str, ...]] = ()
+    #: hyperparameters, or pairs with one, that may be None
+    _optional: ClassVar[tuple[str, ...]] = ()
     #: whether a launch has to see the parameters, as they are in each step
     _sees_params: ClassVar[bool] = False
     #: whether the constructor makes the states, so that torch refuses a parameter without them
@@ -79,6 +82,10 @@ class PlannedStep(Optimizer):
     def _active(self, group: Group) -> tuple[str, ...]:
         """The slots that this group's configuration uses: all, where a subclass says nothing."""
         return self._slots
+
+    def _active_of(self, group: Group, param: Tensor) -> tuple[str, ...]:
+        """Of these, those that a parameter has: all, where a subclass says nothing."""
+        return self._active(group)
 
     def _hyper(self, group: Group, begins: bool) -> Update:
         """A group's hyperparameters as a record; begins: at the first step of a state.
@@ -125,6 +132,10 @@ class PlannedStep(Optimizer):
         """Which of a group's numbers only torch's code takes."""
         return None
 
+    def _refuse_param(self, param: Tensor) -> str | None:
+        """Why only torch's code takes a parameter that kernels else take."""
+        return None
+
     def _launcher(self, backend: Any, kind: Kind) -> Callable[[Tables], Any]:
         """What launches an update of parameters of one kind, once it is given their tables."""
         slots = kind.param, *kind.slots
@@ -137,9 +148,20 @@ class PlannedStep(Optimizer):
         """A state at its beginning."""
         return torch.zeros_like(param, memory_format=torch.preserve_format)
 
+    def _fits(self, name: str, param: Tensor, state: Tensor) -> bool:
+        """Whether a state lies in memory as a launch takes it for granted: as the parameter."""
+        return same_layout(param, state)
+
     def _first_number(self, name: str, group: Group) -> float:
         """A state that is one number, at its beginning."""
         return 1.0
+
+    @classmethod
+    def _usual(cls, size: int, dtype: torch.dtype) -> list[torch.nn.Parameter]:
+        """Parameters of so many elements, with gradients, that need all that is compiled."""
+        param = torch.nn.Parameter(torch.zeros(64, size // 64, dtype=dtype))
+        param.grad = torch.zeros_like(param)
+        return [param]
 
     # What torch wraps a class's `step` in.
     profile_hook_step = staticmethod(with_hooks)  # type: ignore[assignment]
@@ -201,11 +223,18 @@ class PlannedStep(Optimizer):
             if found_inf is None or not found_inf.item():
                 by_reference(all_params(self))
             return loss
+        self._take_step(by_reference, grad_scale, found_inf)
+        return loss
+
+    def _take_step(
+        self, by_reference: Callable[[list[Tensor]], None], grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Update all parameters; arguments as those of StepPlan.run."""
         planner: Planner | None = self.__dict__.get("_planner")
         if planner is None:
             planner = self.__dict__.setdefault("_planner", Planner())
         planner.step(self, by_reference, grad_scale, found_inf)
-        return loss
 
     def _clip(self, grad_scale: Tensor | None) -> Tensor | None:
         """Note the gradients' norm; what is to divide them, a GradScaler's scale included."""

@@ -1,8 +1,9 @@
 """The CPU backend: Numba kernels, one parallel region a call.
 
 Importing this module imports numba. A backend offers `forward` and `backward` (described in
-kernels/losses.py) and `number_of` for losses, `step_launcher` for optimizers, `total_norm`,
-`scale_all` and `clamp_all` for gradients (described in fastopt.nn.utils.clip_grad), `empty_cache`.
+kernels/losses.py) and `number_of` for losses, `step_launcher` and `factored_launcher` for
+optimizers, `total_norm`, `scale_all` and `clamp_all` for gradients (described in
+fastopt.nn.utils.clip_grad), `empty_cache`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import torch
 
 from ..losses import Loops
 from . import cross_entropy, flat, gather, rows
+from .factored import launcher as factored_launcher
 from .memory import empty_cache
 from .multi_tensor import launcher as step_launcher
 from .norm import clamp_all, scale_all, total_norm
 
 __all__ = [
-    "backward", "clamp_all", "empty_cache", "forward", "number_of", "scale_all", "step_launcher",
-    "total_norm",
+    "backward", "clamp_all", "empty_cache", "factored_launcher", "forward", "number_of",
+    "scale_all", "step_launcher", "total_norm",
 ]  # fmt: skip
 
 _loops = Loops(flat, rows, cross_entropy, gather)

@@ -30,8 +30,8 @@ from .pointer import AddressModel, unbox_address
 from .reach import body_of
 
 __all__ = [
-    "RecordType", "Values", "at_step", "completed", "finish", "fold", "next_numbers", "read_record",
-    "row_at", "slopes", "update", "value_and_slopes",
+    "RecordType", "Values", "at_step", "completed", "finish", "fold", "moved", "next_numbers",
+    "rate_of", "read_record", "row_at", "slopes", "update", "value_and_slopes",
 ]  # fmt: skip
 
 
@@ -178,6 +178,7 @@ def _formula(name: str, options: dict[str, Any] = EXACT_OPTIONS, called: Any = e
 value_and_slopes = _formula("value_and_slopes")
 fold, finish, slopes = map(_formula, ("fold", "finish", "slopes"))
 # A step computes each element once: a product and a sum in one operation are faster and closer.
-next_numbers, at_step, update = (
-    _formula(name, FUNCTION_OPTIONS, inlined) for name in ("next_numbers", "at_step", "update")
+next_numbers, at_step, update, moved, rate_of = (
+    _formula(name, FUNCTION_OPTIONS, inlined)
+    for name in ("next_numbers", "at_step", "update", "moved", "rate_of")
 )
