@@ -18,7 +18,7 @@ from .errors import wrapper_hint
 from .front.call import LossModule
 from .nn._operations import MODULES
 from .nn.utils.clip_grad import FUNCTIONS as CLIPPING
-from .optim._operations import OPTIMIZERS
+from .optim._operations import TORCHS
 from .optim._planned import PlannedStep
 from .optim.swa_utils import AveragedModel
 
@@ -72,7 +72,7 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
         raise ValueError(f"to={to!r} (supported: 'fastopt', 'torch')")
     if isinstance(subject, Optimizer):
         if not (to == "fastopt" and isinstance(subject, PlannedStep)):  # a subclass of ours, too
-            _convert_optimizer(subject, _twins(OPTIMIZERS, to), to)
+            _convert_optimizer(subject, _twins(TORCHS, to), to)
     elif isinstance(subject, torch.nn.Module):
         _convert_modules(subject, _twins({**MODULES, "AveragedModel": AveragedModel}, to), to)
     elif subject is torch.nn.utils:

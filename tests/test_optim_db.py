@@ -53,7 +53,7 @@ def close_enough(race: Race, rounded: bool) -> None:
 
 def test_torch_tests_each_of_them() -> None:
     names = [info.name for info in (*INFOS, *MATRICES)]
-    assert sorted(names) == sorted(fastopt.optim._operations.OPTIMIZERS)
+    assert sorted(names) == sorted(fastopt.optim._operations.TORCHS)
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, *COMPLEX], ids=str)

@@ -82,7 +82,7 @@ class StepPlan:
             states = [place_of[id(params[k])] for k in bucket.places] if bucket.names else []
             self._pickers.append((picker(bucket.places, len(params)), picker(states, len(keys))))
         self._proof = self._begin_proof(optimizer, params, [s.kind for s, _ in compiled])
-        self._options = itemgetter(*option_names(optimizer._operation))
+        self._options = itemgetter(*option_names(optimizer._twin))
         self._flags = list(map(optimizer._flags, optimizer.param_groups))
         self._set_hypers(optimizer)
 

@@ -42,6 +42,8 @@ class PlannedStep(Optimizer):
     """
 
     _operation: ClassVar[str]
+    #: the class whose step is the reference: torch's, or a plain definition of what torch lacks
+    _twin: ClassVar[type[Optimizer]]
     #: the hyperparameters and the formulas
     _record: ClassVar[type[Update]]
     #: keys of all states that the update may use, in the formula's order
@@ -74,7 +76,8 @@ class PlannedStep(Optimizer):
         if "_operation" in vars(cls):
             cls._slots, cls._scalars = cls._record.slots, cls._record.scalars
             cls.__init__ = with_limit(cls.__init__)  # type: ignore[method-assign]
-            torchs_parts(cls._operation)  # now, before anyone can have replaced some
+            _, cls._twin = cls.__bases__
+            torchs_parts(cls._twin)  # now, before anyone can have replaced some
 
     def _active(self, group: Group) -> tuple[str, ...]:
         """The slots that this group's configuration uses: all, where a subclass says nothing."""
