@@ -59,7 +59,8 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
     Raises:
         TypeError: an optimizer of another class (of a subclass, too, whose own ways could be
             lost), or whose `step` has been replaced; or something else than all of these.
-        ValueError: another `to`; or an optimizer with a max_grad_norm, which would be lost.
+        ValueError: another `to`; or an optimizer with a max_grad_norm, or with an AveragedModel
+            that its steps update, which would be lost.
 
     Example:
         >>> optimizer = fastopt.convert(optimizer)
@@ -121,6 +122,11 @@ def _convert_optimizer(optimizer: Any, twins: _Twins, to: str) -> None:
         raise ValueError(
             f"cannot convert an optimizer with max_grad_norm={limit}, which torch's does not have, "
             "to torch; set it to None first, and call clip_grad_norm_ before its steps"
+        )
+    if to == "torch" and any(average() is not None for average, _ in optimizer._followers):
+        raise ValueError(
+            "cannot convert an optimizer whose steps update an AveragedModel, which torch's don't, "
+            "to torch; make one without optimizer= first"
         )
     vars(optimizer).pop("_planner", None)
     optimizer.__class__ = twins[kind]

@@ -260,6 +260,8 @@ def test_clipping() -> None:
     torch.testing.assert_close(params, copies)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:Profiler record function")
 def test_compiled() -> None:
     """What torch.compile makes of it is the plain definition."""
     torch.compiler.reset()

@@ -37,6 +37,7 @@ class Kind(NamedTuple):
         scalars: dtypes of the states that are one number.
         counted_on_device: whether the counters are the device's.
         special: why only torch can serve them, in words.
+        average: dtype of the averages that a launch has of them, None if it has none.
     """
 
     device: torch.device
@@ -48,6 +49,7 @@ class Kind(NamedTuple):
     scalars: tuple[torch.dtype, ...]
     counted_on_device: bool
     special: tuple[str, ...]
+    average: torch.dtype | None = None
 
 
 # -- what only torch can serve, or has to refuse ------------------------------------------
