@@ -105,13 +105,24 @@ def _average(row: AverageRow, module: ModuleType) -> Contender:
     torch.manual_seed(0)
     model = torch.nn.ModuleList([torch.nn.LayerNorm(row.width) for _ in range(row.layers)])
     ema = module.swa_utils.get_ema_multi_avg_fn(0.99)
-    average = module.swa_utils.AveragedModel(model, multi_avg_fn=ema)
+    more, steps = {}, None
+    if row.optimizer is not None:
+        optimizer = getattr(module, row.optimizer)(model.parameters(), lr=1e-3)
+        steps = optimizer.step
+        more = {"optimizer": optimizer} if module is fastopt.optim else {}
+    average = module.swa_utils.AveragedModel(model, multi_avg_fn=ema, **more)
     average.update_parameters(model)  # which copies
     for p in model.parameters():
         torch.nn.init.normal_(p)
-    return Contender(
-        lambda: average.update_parameters(model), lambda: [p.detach() for p in average.parameters()]
-    )
+        p.grad = torch.randn_like(p)
+
+    def step_and_update() -> None:
+        if steps is not None:
+            steps()
+        if not more:
+            average.update_parameters(model)
+
+    return Contender(step_and_update, lambda: [p.detach() for p in average.parameters()])
 
 
 def make(row: Row, name: str) -> Contender:

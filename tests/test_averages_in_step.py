@@ -262,11 +262,18 @@ def test_changes_between_steps() -> None:
     assert taken_along(trainings[0]) > 5
 
 
-def test_shared_memory() -> None:
-    """An average that is its own parameter, or another's."""
+@pytest.mark.parametrize("frozen", [False, True])
+def test_shared_memory(frozen: bool) -> None:
+    """An average that is its own parameter; two that are one, of parameters that don't change."""
     trainings = both("SGD", layers())
     for training in trainings:
-        training.average.module[0].data = training.model[0].data
+        average = training.average.module
+        if frozen:
+            training.model[0].requires_grad_(False)
+            training.optimizer.param_groups[0]["params"] = list(training.model)[1:]
+            average[0].data = average[1].data[:64]
+        else:
+            average[0].data = training.model[0].data
     for _ in range(3):
         give_grads(*(list(t.model) for t in trainings))
         for training in trainings:

@@ -44,7 +44,7 @@ class PlannedStep(Optimizer):
 
     _operation: ClassVar[str]
     #: the class whose step is the reference: torch's, or a plain definition of what torch lacks
-    _twin: ClassVar[type[Optimizer]]
+    _twin: ClassVar[Any]
     #: the hyperparameters and the formulas
     _record: ClassVar[type[Update]]
     #: keys of all states that the update may use, in the formula's order

@@ -54,8 +54,8 @@ class AveragedModel(_torchs.AveragedModel):
         use_buffers: average the buffers as well (integers by torch's own code), else copy them.
         optimizer: one of fastopt's. Its steps are then updates of the averages, too, and nobody
             is to call ``update_parameters`` after them. A launch that updates a parameter takes
-            its average along, so that nothing is read twice; numbers are the same as otherwise.
-            A step that a GradScaler skips, or that finds no gradient, is no update.
+            its average along, so that nothing is read twice. A step that a GradScaler skips, or
+            that finds no gradient, is no update.
 
     Averages and parameters may be float64, float32, bfloat16 or float16, of any dense layout; what
     is of other kinds is updated by torch's own code.
