@@ -104,12 +104,17 @@ class ClipRow:
 
 @dataclass(frozen=True)
 class AverageRow:
-    """An exponential average of a model of so many layers, each a weight and a bias this wide."""
+    """An exponential average of a model of so many layers, each a weight and a bias this wide.
+
+    Attributes:
+        optimizer: of that class is a step before the update; fastopt's takes it along.
+    """
 
     name: str
     layers: int
     width: int
     quick: bool = False
+    optimizer: str | None = None
     operation: str = "AveragedModel"
 
     @property
@@ -122,8 +127,8 @@ class AverageRow:
 
     @property
     def floor(self) -> int:
-        """Bytes: average and parameter read, the average written."""
-        return 3 * 4 * self.size
+        """Bytes: average and parameter read, the average written; or what AdamW moves, and it."""
+        return (3 if self.optimizer is None else 7 + 2) * 4 * self.size
 
 
 Row = LossRow | OptimizerRow | ClipRow | AverageRow
@@ -325,6 +330,8 @@ CLIPS = [
 AVERAGES = [
     AverageRow("EMA 300 tensors of 16", 150, 16, quick=True),
     AverageRow("EMA 2 tensors of 8388608", 1, 1 << 23),
+    AverageRow("AdamW and EMA 300 tensors of 16", 150, 16, quick=True, optimizer="AdamW"),
+    AverageRow("AdamW and EMA 2 tensors of 8388608", 1, 1 << 23, optimizer="AdamW"),
 ]
 
 ROWS: dict[str, Row] = {row.name: row for row in (*LOSSES, *OPTIMIZERS, *CLIPS, *AVERAGES)}

@@ -26,6 +26,8 @@ from torch.nn import Parameter
 
 import fastopt
 import fastopt.nn.functional as ours
+from fastopt.optim._operations import OPTIMIZERS as KINDS
+from fastopt.optim._operations import TORCHS
 
 Call = Callable[[], object]
 FASTOPT, TORCH = "fastopt", "torch"
@@ -71,7 +73,9 @@ def _optimizer(row: OptimizerRow, module: ModuleType, compiled: bool, **how: Any
     groups = [{"params": params[k :: row.groups]} for k in range(row.groups)]
     limits = row.clip is not None and module is fastopt.optim
     how |= {"max_grad_norm": row.clip} if limits else {}
-    step = getattr(module, row.operation)(groups, **row.options, **how).step
+    ours = KINDS[row.operation]
+    kind: Any = ours if module is fastopt.optim else ours._twin
+    step = kind(groups, **row.options, **how).step
     if row.clip is not None and not limits:
         step = _after_clipping(params, row.clip, step)
     return Contender(
@@ -101,13 +105,24 @@ def _average(row: AverageRow, module: ModuleType) -> Contender:
     torch.manual_seed(0)
     model = torch.nn.ModuleList([torch.nn.LayerNorm(row.width) for _ in range(row.layers)])
     ema = module.swa_utils.get_ema_multi_avg_fn(0.99)
-    average = module.swa_utils.AveragedModel(model, multi_avg_fn=ema)
+    more, steps = {}, None
+    if row.optimizer is not None:
+        optimizer = getattr(module, row.optimizer)(model.parameters(), lr=1e-3)
+        steps = optimizer.step
+        more = {"optimizer": optimizer} if module is fastopt.optim else {}
+    average = module.swa_utils.AveragedModel(model, multi_avg_fn=ema, **more)
     average.update_parameters(model)  # which copies
     for p in model.parameters():
         torch.nn.init.normal_(p)
-    return Contender(
-        lambda: average.update_parameters(model), lambda: [p.detach() for p in average.parameters()]
-    )
+        p.grad = torch.randn_like(p)
+
+    def step_and_update() -> None:
+        if steps is not None:
+            steps()
+        if not more:
+            average.update_parameters(model)
+
+    return Contender(step_and_update, lambda: [p.detach() for p in average.parameters()])
 
 
 def make(row: Row, name: str) -> Contender:
@@ -124,8 +139,11 @@ def make(row: Row, name: str) -> Contender:
     return _optimizer(row, module, name == COMPILED, **how)
 
 
-def _parameters(optimizer: str) -> Iterable[str]:
-    return inspect.signature(getattr(torch.optim, optimizer)).parameters
+def _choices(optimizer: str) -> Iterable[str]:
+    """Torch's own implementations beside its for-loop."""
+    twin = KINDS[optimizer]._twin
+    known = inspect.signature(twin).parameters if optimizer in TORCHS else ()
+    return [f"torch {name}" for name in ("foreach", "fused") if name in known]
 
 
 def names(row: Row, full: bool) -> list[str]:
@@ -134,7 +152,7 @@ def names(row: Row, full: bool) -> list[str]:
     if isinstance(row, ClipRow | AverageRow):
         return found
     if isinstance(row, OptimizerRow):
-        found += ["torch foreach"] + ["torch fused"] * ("fused" in _parameters(row.operation))
+        found += _choices(row.operation)
     elif row.size >= LARGE and sys.platform == "linux":
         found.append(HUGE_PAGES)
     return found + [COMPILED] * full

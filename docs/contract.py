@@ -324,8 +324,8 @@ def tied(operation: str) -> Iterable[Decision]:
 
 
 DEFAULTS = {
-    name: getattr(torch.optim, name)([torch.zeros(1, 1)]).defaults
-    for name in fastopt.optim._operations.OPTIMIZERS
+    name: kind([torch.zeros(1, 1)]).defaults
+    for name, kind in fastopt.optim._operations.OPTIMIZERS.items()
 }
 
 OPTIMIZER_FEATURES = [

@@ -18,7 +18,7 @@ from .errors import wrapper_hint
 from .front.call import LossModule
 from .nn._operations import MODULES
 from .nn.utils.clip_grad import FUNCTIONS as CLIPPING
-from .optim._operations import CLASSES
+from .optim._operations import TORCHS
 from .optim._planned import PlannedStep
 from .optim._torchs_step import TorchsStep
 from .optim.swa_utils import AveragedModel
@@ -60,7 +60,8 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
     Raises:
         TypeError: an optimizer of another class (of a subclass, too, whose own ways could be
             lost), or whose `step` has been replaced; or something else than all of these.
-        ValueError: another `to`; or an optimizer with a max_grad_norm, which would be lost.
+        ValueError: another `to`; or an optimizer with a max_grad_norm, or with an AveragedModel
+            that its steps update, which would be lost.
 
     Example:
         >>> optimizer = fastopt.convert(optimizer)
@@ -72,10 +73,9 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
     if to not in ("fastopt", "torch"):
         raise ValueError(f"to={to!r} (supported: 'fastopt', 'torch')")
     if isinstance(subject, Optimizer):
-        if not (
-            to == "fastopt" and isinstance(subject, (PlannedStep, TorchsStep))
-        ):  # a subclass of ours, too
-            _convert_optimizer(subject, _twins(CLASSES, to), to)
+        ours = to == "fastopt" and isinstance(subject, PlannedStep | TorchsStep)
+        if not ours:  # a subclass of ours, too
+            _convert_optimizer(subject, _twins(TORCHS, to), to)
     elif isinstance(subject, torch.nn.Module):
         _convert_modules(subject, _twins({**MODULES, "AveragedModel": AveragedModel}, to), to)
     elif subject is torch.nn.utils:
@@ -124,6 +124,11 @@ def _convert_optimizer(optimizer: Any, twins: _Twins, to: str) -> None:
         raise ValueError(
             f"cannot convert an optimizer with max_grad_norm={limit}, which torch's does not have, "
             "to torch; set it to None first, and call clip_grad_norm_ before its steps"
+        )
+    if to == "torch" and any(average() is not None for average, _ in optimizer._followers):
+        raise ValueError(
+            "cannot convert an optimizer whose steps update an AveragedModel, which torch's don't, "
+            "to torch; make one without optimizer= first"
         )
     vars(optimizer).pop("_planner", None)
     optimizer.__class__ = twins[kind]

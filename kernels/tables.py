@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-__all__ = ["Launch", "Tables", "Traced"]
+__all__ = ["Averaged", "Launch", "Tables", "Traced"]
 
 #: What a proof (fastopt.optim._proof) knows of a tensor, a line each: of what is written the place
 #: of its gradient, of a gradient whether it is there; bytes of an element, and of all; where it is
@@ -29,6 +29,18 @@ class Traced(NamedTuple):
     value: torch.Tensor
 
 
+class Averaged(NamedTuple):
+    """The averages that a step has of its parameters.
+
+    Attributes:
+        record: the class of the rule by which a parameter goes into its average.
+        dtype: of the averages.
+    """
+
+    record: Any
+    dtype: torch.dtype
+
+
 class Tables(NamedTuple):
     """The arrays of one bucket. A plan writes to them in place; a launcher reads them anew.
 
@@ -40,12 +52,15 @@ class Tables(NamedTuple):
         offsets: int64, the running count of elements, one entry more than tensors. A parameter
             without a gradient has none.
         addresses: int64, a line for each slot (parameter and states, unused ones too), one for
-            each state that is one number, one for the gradients and one for the step counters (0
-            where nothing counts), each with an entry for every tensor. It is 0 for a gradient that
+            the averages if there are any, one for each state that is one number, one for the
+            gradients and one for the step counters (0 where nothing counts), each with an entry
+            for every tensor. It is 0 for a gradient that
             isn't there: then the update leaves the parameter, its states and its counter alone, and
             they have no address.
         counted_on_device: whether the counters are the device's (which may be the CPU), so that
             a kernel has to count.
+        rule: where parameters have averages the numbers of their rule in a step, tensors where
+            only the device knows.
     """
 
     device: torch.device
@@ -55,6 +70,7 @@ class Tables(NamedTuple):
     offsets: np.ndarray
     addresses: np.ndarray
     counted_on_device: bool
+    rule: list[float | torch.Tensor] | None = None
 
 
 #: Update every tensor of a bucket: (grad_scale, found_inf) as a GradScaler leaves them.

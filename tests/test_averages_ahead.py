@@ -17,8 +17,9 @@ pytest.importorskip("triton", reason="needs the package triton")
 from ahead import MACHINES, Code, compiling
 
 from fastopt.kernels import triton as backend
-from fastopt.kernels.tables import Tables
+from fastopt.kernels.tables import Averaged, Tables
 from fastopt.optim._averaging import RECORDS
+from fastopt.optim.adam import AdamUpdate
 
 CPU = torch.device("cpu")
 FLOAT, BFLOAT, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -76,3 +77,38 @@ def test_weights_are_no_constants() -> None:
     for record in RECORDS:
         names = [code.name for code in compiled("sm_90", record, FLOAT, FLOAT, 5)]
         assert names == ["derive", "update_blocks"]
+
+
+@pytest.mark.parametrize("pair", PAIRS[:6], ids=str)
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
+@pytest.mark.parametrize("machine", MACHINES)
+def test_averages_in_a_step(machine: str, record: Any, pair: tuple[torch.dtype, ...]) -> None:
+    """AdamW's launch with an average: nothing is spilled, and the parameter is read once."""
+    dtype, average = pair
+    tensors = 3
+    tables = Tables(
+        CPU, np.ones((1, len(AdamUpdate.numbers))), [], np.zeros(tensors, np.int64),
+        np.arange(tensors + 1) * 5000, np.zeros((7, tensors), np.int64), False,
+        [1.0, *[torch.ones(()) for _ in record.numbers[1:]]],
+    )  # fmt: skip
+    counters = torch.zeros(1, device=CPU)
+    tables.addresses[-1] = counters.data_ptr()
+    slots = (dtype, dtype, dtype, None)
+    with compiling(MACHINES[machine]) as codes:
+        averaged = Averaged(record, average)
+        step = backend.step_launcher(AdamUpdate, slots, (), dtype, FLOAT, averaged)(tables)
+        step(None, None)
+    assert [code.name for code in codes] == ["derive", "update_blocks"]
+    code = codes[1]
+    assert code.resources["spills"] == code.resources["stack"] == 0
+    assert code.machine.holds(code.threads, code.resources["registers"])
+    elements = code.constants["BLOCK"] // code.threads
+    moved = {"load": 4 * dtype.itemsize, "store": 3 * dtype.itemsize}
+    for kind, bytes_ in moved.items():
+        widths = [
+            i.access[1]
+            for i in code.instructions
+            if "(start + offset" in i.statement and "offset, None," in (i.caller or "")
+            if i.access and i.access[0] == kind
+        ]
+        assert sum(widths) == elements * (bytes_ + average.itemsize), "each element once"

@@ -177,7 +177,7 @@ def test_an_overridden_part(info: OptimizerInfo, where: str) -> None:
 @EACH
 def test_a_patched_part(info: OptimizerInfo, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch's own function, replaced by who wants to see or change its arguments."""
-    parts = torchs_parts(info.name)
+    parts = torchs_parts(getattr(torch.optim, info.name))
     name = next(n for n, _ in parts.functions if info.name.lower().startswith(n))
     function = dict(parts.functions)[name]
     seen = []

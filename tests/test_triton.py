@@ -48,7 +48,7 @@ def test_tables_are_uploaded_when_they_change() -> None:
         optimizer.step()
     assert uploads(optimizer) == {
         "_table": 1, "_tensor_of": 1, "_row_of": 1, "_hypers": 1, "_behind": on_host,
-        "_numbers": 0,
+        "_numbers": 0, "_rules": 0,
     }  # fmt: skip
     optimizer.param_groups[0]["lr"] = 0.2
     optimizer.step()
@@ -58,7 +58,7 @@ def test_tables_are_uploaded_when_they_change() -> None:
     optimizer.step()
     assert uploads(optimizer) == {
         "_table": 2, "_tensor_of": 1, "_row_of": 1, "_hypers": 2, "_behind": on_host,
-        "_numbers": 0,
+        "_numbers": 0, "_rules": 0,
     }  # fmt: skip
     del old
 

@@ -11,6 +11,8 @@ from ._operations import CLASSES
 
 if TYPE_CHECKING:  # to type checkers all of it is torch's, typos included
     from torch.optim import *  # noqa: F403
+
+    from .lion import Lion as Lion
 else:
     from . import swa_utils
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -11,120 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel as TorchsAveragedModel
 
 from .. import dispatch
-from ..dispatch import Decision, Request
-from ..errors import BackendUnavailable
-from ..kernels.layout import is_dense, is_released, released_error, same_layout
-from ..kernels.tables import DIFFERENT, SAME, Launch, Tables, Traced
+from ..dispatch import Decision
+from ..kernels.tables import DIFFERENT, OTHERS, SAME, Launch, Tables, Traced
 from ._averaging import Rule, rule_of
 from ._bucket import picker
 from ._members import Members, is_walked_as_usual
-from ._memory import Place, find_sharing, hold_storages, others_may_run
+from ._memory import hold_storages, others_may_run
+from ._pairs import PLAIN, Pairs, Share, Turn, kind_of, sort
 from ._planner import Keeper
 from ._proof import Proof, increment_versions
 from ._seams import around
 
 __all__ = ["Averager"]
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _CPU = torch.device("cpu")
-
-
-class Pairs(NamedTuple):
-    """The averages, and what goes into each of them.
-
-    Attributes:
-        averaged: how many of the pairs, the first ones, are averaged; the others are copied.
-    """
-
-    averages: list[Tensor]
-    values: list[Tensor]
-    averaged: int
-
-
-class Kind(NamedTuple):
-    """What the pairs of one launch have in common: device, dtypes, and why only torch serves it."""
-
-    device: torch.device
-    average: torch.dtype
-    value: torch.dtype
-    special: tuple[str, ...]
-
-
-class Share(NamedTuple):
-    """The places of the pairs of one kind, and who serves them."""
-
-    kind: Kind
-    decision: Decision
-    places: list[int]
-
-
-def _kind_of(average: Tensor, value: Tensor, special: Sequence[str]) -> Kind:
-    if is_lazy(average) or is_lazy(value):
-        words = (*special, "a parameter whose size isn't known yet")
-        return Kind(_CPU, torch.float32, torch.float32, words)
-    words = (*special, *([] if special else _specials(average, value)))
-    return Kind(average.device, average.dtype, value.dtype, words)
-
-
-def _specials(average: Tensor, value: Tensor) -> list[str]:
-    """Why only torch can serve a pair."""
-    for name, tensor in (("average", average), ("parameter or buffer", value)):
-        if type(tensor) not in _PLAIN:
-            return [f"a {name} of type {type(tensor).__name__}"]
-        if tensor.layout is not torch.strided:
-            return [f"a {name} of layout {tensor.layout}"]
-        if is_released(tensor):
-            raise released_error(f"a {name}", tensor)
-        if tensor.is_neg() or tensor.is_conj():
-            return [f"a lazily negated or conjugated {name}"]
-    if value.device != average.device:
-        return [f"a parameter or buffer on {value.device} for an average on {average.device}"]
-    if average.is_inference():
-        return ["an average made in inference mode"]
-    if not is_dense(average) or not same_layout(average, value):
-        return [
-            "parameters of other layouts than their averages', or with gaps: strides "
-            f"{tuple(value.stride())} for {tuple(average.stride())}"
-        ]
-    return []
-
-
-def _placed(tensors: list[Tensor]) -> list[tuple[Place, Tensor]]:
-    return [(Place(k, ""), t) for k, t in enumerate(tensors) if type(t) in _PLAIN]
-
-
-def sort(operation: str, pairs: Pairs, special: Sequence[str]) -> list[Share]:
-    """The pairs sorted by kind, and who serves each. special: what is so of all of them.
-
-    Raises:
-        BackendUnavailable: the backend insisted on can't serve what is to be averaged.
-    """
-    if not special and find_sharing(_placed(pairs.averages), _placed(pairs.values)):
-        special = ["averages and parameters that share memory"]  # so that their order counts
-    places: dict[Kind, list[int]] = {}
-    for place, (average, value) in enumerate(zip(pairs.averages, pairs.values, strict=False)):
-        places.setdefault(_kind_of(average, value, special), []).append(place)
-    shares = []
-    for kind, members in places.items():
-        device, is_cuda = kind.device, kind.device.type == "cuda"
-        request = Request(
-            operation, device.type, (kind.average, kind.value),
-            sum(0 if is_lazy(t) else t.numel() for t in map(pairs.averages.__getitem__, members)),
-            kind.special, torch.cuda.get_device_capability(device) if is_cuda else None,
-            dispatch.insisted(),
-        )  # fmt: skip
-        try:
-            decision = dispatch.choose(request)
-        except BackendUnavailable:
-            if members[0] < pairs.averaged:
-                raise
-            decision = dispatch.choose(request._replace(insisted="reference"))  # only copied
-        shares.append(Share(kind, decision, members))
-    return shares
 
 
 class Bucket:
@@ -134,13 +38,13 @@ class Bucket:
         self._device, places = share.kind.device, share.places
         count, fields = len(places), len(rule.record.numbers)
         self.places = places
-        sizes = [pairs.averages[place].numel() for place in places]
+        self._sizes = np.array([pairs.averages[place].numel() for place in places], np.int64)
         self._tables = Tables(
             device=self._device,
             hypers=np.ones((2, fields)),  # the second row is that of what is copied
             traced=[],
             row_of=np.array([int(place >= pairs.averaged) for place in places], np.int64),
-            offsets=np.array([0, *np.cumsum(sizes)], np.int64),
+            offsets=np.zeros(count + 1, np.int64),
             addresses=np.zeros((3, count), np.int64),
             counted_on_device=False,
         )
@@ -154,8 +58,15 @@ class Bucket:
         )
         self._launch: Launch | None = None
 
-    def run(self, row: Sequence[float | Tensor]) -> None:
+    def count_elements(self) -> None:
+        """Write down how many elements each pair has in this update: none if it is done."""
+        there = self._tables.addresses[1] != 0
+        np.cumsum(np.where(there, self._sizes, 0), out=self._tables.offsets[1:])
+
+    def run(self, row: Sequence[float | Tensor], found_inf: Tensor | None) -> None:
         """Launch, with these fields for what is averaged."""
+        if not self._tables.offsets[-1]:
+            return
         table, traced = self._tables.hypers, self._tables.traced
         for field, value in enumerate(row):
             if isinstance(value, Tensor):
@@ -168,7 +79,7 @@ class Bucket:
         try:
             if self._launch is None:
                 self._launch = self._launcher(self._tables)
-            self._launch(None, None)
+            self._launch(None, found_inf)
         finally:
             traced.clear()
 
@@ -176,19 +87,22 @@ class Bucket:
 class Found(NamedTuple):
     """An update's tensors: of all buckets together what is written and what is read.
 
+    read: None for what is done.
+    rest: the places of the pairs that torch's code is to average.
     storages: their memory, where others may take it away.
     """
 
     written: list[Tensor]
-    read: list[Tensor]
+    read: list[Tensor | None]
+    rest: list[int]
     storages: list[Any]
 
 
 class Plan:
     """What stays true from update to update. It keeps no tensor."""
 
-    def __init__(self, operation: str, pairs: Pairs, rule: Rule, special: Sequence[str]) -> None:
-        shares = sort(operation, pairs, special)
+    def __init__(self, operation: str, pairs: Pairs, rule: Rule) -> None:
+        shares = sort(operation, pairs, ())
         count = len(pairs.averages)
         self._about = self.about(pairs, rule)
         self._buckets = [
@@ -217,41 +131,55 @@ class Plan:
         """What a plan is for, but for the tensors themselves."""
         return rule.record, dispatch.insisted(), pairs.averaged, len(pairs.averages)
 
-    def look(self, pairs: Pairs, rule: Rule) -> Found | None:
-        """Prove that the plan is still true, and take in new addresses; None if it isn't."""
+    def look(self, pairs: Pairs, rule: Rule, done: Collection[int]) -> Found | None:
+        """Prove that the plan is still true, and take in new addresses; None if it isn't.
+
+        done: ids of the parameters that have been averaged.
+        """
         if self.about(pairs, rule) != self._about:
             return None
         for place, kind in self._rest:  # torch's no longer than the reason holds
-            if _kind_of(pairs.averages[place], pairs.values[place], ()) != kind:
+            if kind_of(pairs.averages[place], pairs.values[place], ()) != kind:
                 return None
-        written, read, storages = self._pick(pairs.averages), self._pick(pairs.values), []
+        rest = [place for place, _ in self._rest if id(pairs.values[place]) not in done]
+        written, storages = self._pick(pairs.averages), []
+        read: list[Tensor | None] = [
+            None if id(value) in done else value for value in self._pick(pairs.values)
+        ]
         if self._proof is not None:
-            if self._proof.look(written, read) == DIFFERENT:
+            answer = self._proof.look(written, read)
+            if answer == DIFFERENT:
                 return None
+            if answer == OTHERS:
+                for bucket in self._buckets:
+                    bucket.count_elements()
             if others_may_run():
                 storages = hold_storages(written + read, self._proof.addresses())
                 if self._proof.look(written, read) != SAME:
                     return None
-        return Found(written, read, storages)
+        return Found(written, read, rest, storages)
 
-    def run(self, model: Any, pairs: Pairs, rule: Rule, found: Found) -> None:
-        """Average, or copy if nothing has been averaged yet."""
+    def run(self, model: Any, turn: Turn, found: Found, found_inf: Tensor | None) -> None:
+        """Average, or copy if nothing has been averaged yet; found_inf: not 0 to do nothing."""
         averaged: Tensor = model._buffers["n_averaged"]
-        row = rule.row(averaged)
-        if self._rest:
-            _by_torch(model, averaged, pairs, [place for place, _ in self._rest])
+        averages, values = self._copied(turn.pairs.averages), self._copied(turn.pairs.values)
+        if (found.rest or averages) and found_inf is not None and found_inf.item():
+            return
+        if found.rest:
+            _by_torch(model, averaged, turn.pairs, found.rest)
         for bucket in self._buckets:
-            bucket.run(row)
-        increment_versions(found.written)
-        _copy(self._copied(pairs.averages), self._copied(pairs.values))
-        averaged.add_(1)
+            bucket.run(turn.row, found_inf)
+        written = zip(found.written, found.read, strict=True)
+        increment_versions([average for average, value in written if value is not None])
+        _copy(averages, values)
+        averaged.add_(1 if found_inf is None else (found_inf == 0).to(averaged.device))
 
 
 def _copy(averages: list[Tensor], values: list[Tensor]) -> None:
     """By torch, as counters of batches and the like are."""
     if not averages:
         return
-    if _PLAIN.issuperset(map(type, chain(averages, values))):
+    if PLAIN.issuperset(map(type, chain(averages, values))):
         with torch.no_grad():
             torch._foreach_copy_(averages, values)
         return
@@ -299,25 +227,45 @@ class Averager(Keeper[Plan]):
         Raises:
             BackendUnavailable: the backend insisted on can't serve every parameter.
         """
+        with self.turns(model, source) as turn:
+            return turn is not None and self.finish(model, turn)
+
+    @contextmanager
+    def turns(self, model: Any, source: Module) -> Iterator[Turn | None]:
+        """This thread's turn at an update; None if torch has to do all of it."""
         if dispatch.insisted() == "reference":
-            return False
+            yield None
+            return
         with self._lock:
             rule, pairs, special = self._ask(model, source)
             if special or rule is None:
                 if dispatch.insisted() is not None:
                     sort(model._operation, pairs, special)  # raises
+                yield None
+                return
+            if self.plan is None:
+                self.plan = Plan(model._operation, pairs, rule)
+            yield Turn(rule, rule.row(model._buffers["n_averaged"]), pairs)
+
+    def finish(
+        self, model: Any, turn: Turn, done: Collection[int] = (), found_inf: Tensor | None = None
+    ) -> bool:
+        """Update all averages, but for those of the parameters with the ids in done.
+
+        found_inf: not 0 if none of it is to happen, as it hasn't for the others.
+        """
+        _, _, pairs = turn
+        found = None if self.plan is None else self.plan.look(pairs, turn.rule, done)
+        if found is None:
+            self.plan = None  # stays so if the next line raises
+            plan = Plan(model._operation, pairs, turn.rule)
+            found = plan.look(pairs, turn.rule, done)
+            if found is None:  # all share memory, or another thread has changed something
                 return False
-            found = None if self.plan is None else self.plan.look(pairs, rule)
-            if found is None:
-                self.plan = None  # stays so if the next line raises
-                plan = Plan(model._operation, pairs, rule, special)
-                found = plan.look(pairs, rule)
-                if found is None:  # all share memory, or another thread has changed something
-                    return False
-                self.plan = plan
-            assert self.plan is not None
-            self.plan.run(model, pairs, rule, found)
-            return True
+            self.plan = plan
+        assert self.plan is not None
+        self.plan.run(model, turn, found, found_inf)
+        return True
 
     def decisions(self, model: Any, source: Module) -> tuple[Decision, ...]:
         """Who serves what is averaged."""

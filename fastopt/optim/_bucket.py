@@ -53,6 +53,7 @@ class Bucket:
 
     Attributes:
         places: of its parameters among all of the optimizer's.
+        averages: whether a launch takes the parameters' averages along.
         names: of their states, those that are one number last, and the step counters behind them.
         fresh: whether some states begin at this step, and with it a rule of their own.
         written_cells, grad_cells: addresses of the entries that a launch takes addresses from.
@@ -66,6 +67,8 @@ class Bucket:
         self.places = [m.place for m in members]
         params = [local(m.param) for m in members]
         self.names = active(optimizer, self._kind)
+        self.averages = self._kind.average is not None
+        self._averaged = ["average"] if self.averages else []
         self._counted = [*optimizer._scalars, "step"] if self._kind.step is not None else []
         self.names += self._counted
         begins = [id(m.param) in begun for m in members]
@@ -88,7 +91,8 @@ class Bucket:
         self._finders = list(map(itemgetter, self.names))
         self._cuts: list[Any] | None = None
         count = len(params)
-        order = [*optimizer._slots, *optimizer._scalars, "grad", "step"]  # lines of addresses
+        # Lines of addresses, behind the parameters'.
+        order = [*optimizer._slots, *self._averaged, *optimizer._scalars, "grad", "step"]
         self._sizes = np.array(list(map(Tensor.numel, params)), np.int64)
         self._tables = Tables(
             device=self._kind.device,
@@ -98,8 +102,9 @@ class Bucket:
             offsets=np.zeros(count + 1, np.int64),
             addresses=np.zeros((len(order) + 1, count), np.int64),
             counted_on_device=self._kind.counted_on_device,
+            rule=[] if self._averaged else None,
         )
-        lines = [0, *(order.index(name) + 1 for name in self.names)]
+        lines = [0, *(order.index(name) + 1 for name in (*self._averaged, *self.names))]
         entries = np.arange(self._tables.addresses.size).reshape(self._tables.addresses.shape)
         cells = self._tables.addresses.ctypes.data + 8 * entries
         self.written_cells, self.grad_cells = cells[lines].ravel(), cells[-2]
@@ -107,16 +112,18 @@ class Bucket:
         self._launch: Callable[..., None] | None = None
         self._launcher = launcher
 
-    def written(self, params: list[Tensor], states: list[Any]) -> list[Any]:
+    def written(self, params: list[Tensor], states: list[Any], averages: list[Tensor]) -> list[Any]:
         """All that a launch writes to.
 
         Args:
             params, states: its parameters, and the dicts of their states, as they are now.
+            averages: of the parameters, if the launch has them.
 
         Raises:
             KeyError, TypeError: a state isn't there.
         """
-        return params + list(chain.from_iterable([list(map(f, states)) for f in self._finders]))
+        found = chain.from_iterable([list(map(f, states)) for f in self._finders])
+        return [*params, *averages, *found]
 
     def shards(self, written: list[Any], grads: list[Any]) -> tuple[list[Any], list[Any]] | None:
         """What this process holds of DTensors; None if one is cut otherwise than at first.
@@ -171,9 +178,11 @@ class Bucket:
 
     def run(
         self, optimizer: PlannedStep, params: list[Tensor], grad_scale: Tensor | None,
-        found_inf: Tensor | None,
+        found_inf: Tensor | None, rule: Sequence[float | Tensor],
     ) -> None:  # fmt: skip
-        """Launch. params: all of the optimizer's."""
+        """Launch. params: all of the optimizer's; rule: the numbers that averages go by."""
+        if self._tables.rule is not None:
+            self._tables.rule[:] = rule
         if self._begins_differently and found_inf is not None and found_inf.item():
             self.forget_states(optimizer, params)
         elif self._some:
@@ -184,6 +193,8 @@ class Bucket:
             else:
                 self._launch(grad_scale, found_inf)
         self._tables.traced.clear()
+        if self._tables.rule is not None:
+            self._tables.rule.clear()
 
     def increment_versions(self, written: list[Any], held: list[Any], grads: list[Any]) -> None:
         """Tell autograd of what has been written, but for states of one number.
@@ -195,7 +206,7 @@ class Bucket:
             grads: those whose parameters have been left alone are None.
         """
         count = len(self.places)
-        names = len(self.names) + 1 - len(self._counted)
+        names = 1 + len(self._averaged) + len(self.names) - len(self._counted)
         changed = written[: names * count]
         if self._kind.sharded:
             changed = changed + held[: names * count]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from ..kernels.layout import is_dense, is_released, released_error, same_layout
 from ._shards import is_dtensor, local
@@ -36,6 +37,7 @@ class Kind(NamedTuple):
         scalars: dtypes of the states that are one number.
         counted_on_device: whether the counters are the device's.
         special: why only torch can serve them, in words.
+        average: dtype of the averages that a launch has of them, None if it has none.
     """
 
     device: torch.device
@@ -47,15 +49,16 @@ class Kind(NamedTuple):
     scalars: tuple[torch.dtype, ...]
     counted_on_device: bool
     special: tuple[str, ...]
+    average: torch.dtype | None = None
 
 
 # -- what only torch can serve, or has to refuse ------------------------------------------
 
 
 @functools.cache
-def _torchs_defaults(operation: str) -> tuple[dict[str, Any], tuple[tuple[str, int], ...]]:
-    """An optimizer's defaults in torch; of those that are numbers, how many, 0 for one alone."""
-    defaults: dict[str, Any] = getattr(torch.optim, operation)([torch.zeros(1, 1)]).defaults
+def _defaults(twin: type[Optimizer]) -> tuple[dict[str, Any], tuple[tuple[str, int], ...]]:
+    """A class's own defaults; of those that are numbers, how many, 0 for one alone."""
+    defaults: dict[str, Any] = twin([torch.zeros(1, 1)]).defaults  # type: ignore[call-arg]
     numbers = tuple(
         (name, len(value) if isinstance(value, tuple) else 0)
         for name, value in defaults.items()
@@ -64,14 +67,14 @@ def _torchs_defaults(operation: str) -> tuple[dict[str, Any], tuple[tuple[str, i
     return defaults, numbers
 
 
-def option_names(operation: str) -> Iterable[str]:
+def option_names(twin: type[Optimizer]) -> Iterable[str]:
     """The names of an optimizer's options in its groups."""
-    return _torchs_defaults(operation)[0]
+    return _defaults(twin)[0]
 
 
 def group_specials(optimizer: PlannedStep, group: dict[str, Any]) -> tuple[str, ...]:
     """Why only torch can update a group's parameters, or say what is wrong with it."""
-    defaults, numbers = _torchs_defaults(optimizer._operation)
+    defaults, numbers = _defaults(optimizer._twin)
     if not defaults.keys() <= group.keys():
         return tuple(f"no {name!r} in its group" for name in defaults if name not in group)
     special = ["differentiable=True"] if group.get("differentiable") else []

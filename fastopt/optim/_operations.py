@@ -9,9 +9,9 @@ from pathlib import Path
 from ._planned import PlannedStep
 from ._torchs_step import TorchsStep
 
-__all__ = ["CLASSES", "OPTIMIZERS"]
+__all__ = ["CLASSES", "OPTIMIZERS", "TORCHS"]
 
-#: The public classes, by torch's names.
+#: The public classes, by their names.
 CLASSES: dict[str, type[PlannedStep] | type[TorchsStep]] = {}
 
 for _file in sorted(f.name for f in pkgutil.iter_modules([str(Path(__file__).parent)])):
@@ -21,3 +21,9 @@ for _file in sorted(f.name for f in pkgutil.iter_modules([str(Path(__file__).par
 
 #: Those that kernels serve.
 OPTIMIZERS = {name: kind for name, kind in CLASSES.items() if issubclass(kind, PlannedStep)}
+#: Those that torch has as well.
+TORCHS = {
+    name: kind
+    for name, kind in CLASSES.items()
+    if kind.__bases__[-1].__module__.startswith("torch.")
+}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..kernels.tables import DIFFERENT, OTHERS, SAME
+from ..kernels.tables import DIFFERENT, OTHERS, SAME, Averaged
 from ._bucket import Bucket, active, picker
 from ._kinds import Kind, group_specials, kind_of, option_names
 from ._memory import hold_storages, others_may_run, overlap, span
@@ -29,6 +29,7 @@ from ._shards import local
 from ._sort import Share, Sorting, sort
 
 if TYPE_CHECKING:
+    from ._pairs import Turn
     from ._planned import PlannedStep
 
 _grad, _params = attrgetter("grad"), itemgetter("params")
@@ -59,10 +60,16 @@ class StepPlan:
         kinds: of the parameters, by their ids.
     """
 
-    def __init__(self, optimizer: PlannedStep, known: Mapping[int, Kind]) -> None:
-        """known: kinds of the plan before."""
+    def __init__(
+        self, optimizer: PlannedStep, known: Mapping[int, Kind], turn: Turn | None
+    ) -> None:
+        """known: kinds of the plan before; turn: averages that the step may take along."""
         self._mode = _mode()
-        sorting = sort(optimizer, known)  # may raise; nothing has been changed before
+        self._rule = None if turn is None else turn.rule.record
+        self._averaged = items_of([] if turn is None else turn.pairs.values)
+        averages = {} if turn is None or optimizer._sees_params else turn.joinable()
+        # May raise; nothing has been changed before.
+        sorting = sort(optimizer, known, averages=averages)
         params = all_params(optimizer)
         self._params = items_of(params)
         self._sizes = list(map(len, map(_params, optimizer.param_groups)))
@@ -80,9 +87,16 @@ class StepPlan:
         self._pickers = []
         for bucket in self._buckets:
             states = [place_of[id(params[k])] for k in bucket.places] if bucket.names else []
-            self._pickers.append((picker(bucket.places, len(params)), picker(states, len(keys))))
-        self._proof = self._begin_proof(optimizer, params, [s.kind for s, _ in compiled])
-        self._options = itemgetter(*option_names(optimizer._operation))
+            joined = []
+            if turn is not None and bucket.averages:
+                place = {id(value): k for k, value in enumerate(turn.pairs.values)}
+                joined = [place[id(params[k])] for k in bucket.places]
+            pick_joined = picker(joined, 0 if turn is None else len(turn.pairs.averages))
+            self._pickers.append(
+                (picker(bucket.places, len(params)), picker(states, len(keys)), pick_joined)
+            )
+        self._proof = self._begin_proof(optimizer, params, [s.kind for s, _ in compiled], turn)
+        self._options = itemgetter(*option_names(optimizer._twin))
         self._flags = list(map(optimizer._flags, optimizer.param_groups))
         self._set_hypers(optimizer)
 
@@ -94,7 +108,9 @@ class StepPlan:
                 members += share.members
             else:
                 backend = dispatch.load(share.decision.backend)
-                compiled.append((share, optimizer._launcher(backend, share.kind)))
+                average = share.kind.average
+                averaged = None if average is None else Averaged(self._rule, average)
+                compiled.append((share, optimizer._launcher(backend, share.kind, averaged)))
         self.reference = [m.place for m in members]
         self._sharing = sorting.sharing
         fits = [not group_specials(optimizer, group) for group in optimizer.param_groups]
@@ -105,12 +121,12 @@ class StepPlan:
         return compiled
 
     def _begin_proof(
-        self, optimizer: PlannedStep, params: list[Tensor], kinds: list[Kind]
+        self, optimizer: PlannedStep, params: list[Tensor], kinds: list[Kind], turn: Turn | None
     ) -> Proof | None:
         if not self._buckets:
             return None
         grads = list(map(_grad, params))
-        found = self._find(optimizer, params, grads)
+        found = self._find(optimizer, params, grads, turn)
         assert found is not None, "states that have just been created"
         owners: list[int] = []
         expected: list[tuple[Tensor, torch.dtype | None]] = []
@@ -130,18 +146,20 @@ class StepPlan:
         )
 
     def _find(
-        self, optimizer: PlannedStep, params: list[Tensor], grads: list[Tensor | None]
-    ) -> list[tuple[list[Any], list[Any], list[Any]]] | None:
+        self, optimizer: PlannedStep, params: list[Tensor], grads: list[Tensor | None],
+        turn: Turn | None,
+    ) -> list[tuple[list[Any], list[Any], list[Any]]] | None:  # fmt: skip
         """The buckets' tensors as `Found` has them; None if some are no longer there."""
         states: list[Any] = []
         if self._find_states:
             if not self._keys.are(list(optimizer.state)):
                 return None
             states = list(optimizer.state.values())
+        averages = [] if turn is None else turn.pairs.averages
         found = []
-        for bucket, (pick, pick_states) in zip(self._buckets, self._pickers, strict=True):
+        for bucket, (pick, pick_states, join) in zip(self._buckets, self._pickers, strict=True):
             try:
-                written = bucket.written(pick(params), pick_states(states))
+                written = bucket.written(pick(params), pick_states(states), join(averages))
             except (KeyError, TypeError):  # a state removed
                 return None
             shards = bucket.shards(written, pick(grads))
@@ -150,16 +168,21 @@ class StepPlan:
             found.append((written, *shards))
         return found
 
-    def look(self, optimizer: PlannedStep, first: bool = False) -> Found | None:
+    def look(self, optimizer: PlannedStep, turn: Turn | None, first: bool = False) -> Found | None:
         """Prove that the plan is still true, and take in new addresses and hyperparameters.
 
         Args:
+            turn: averages that the step may take along.
             first: whether this is the plan's first step.
 
         Returns:
             What the step is about; None if another plan is needed.
         """
         if (self._fresh and not first) or self._mode != _mode():
+            return None
+        if self._rule is not (None if turn is None else turn.rule.record):
+            return None
+        if turn is not None and not self._averaged.are(turn.pairs.values):
             return None
         params = all_params(optimizer)
         if not self._params.are(params) or not self._has_these_groups(optimizer.param_groups):
@@ -169,7 +192,7 @@ class StepPlan:
             return None
         if self.reference and not self._is_still_torchs(optimizer, params, grads):
             return None
-        buckets = self._find(optimizer, params, grads) if self._proof else []
+        buckets = self._find(optimizer, params, grads, turn) if self._proof else []
         if buckets is None:
             return None
         storages: list[Any] = []
@@ -253,6 +276,7 @@ class StepPlan:
         by_reference: Callable[[list[Tensor]], None],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        turn: Turn | None,
     ) -> None:
         """Take the step.
 
@@ -261,20 +285,31 @@ class StepPlan:
             by_reference: updates those parameters that no bucket has.
             grad_scale: what the gradients are to be divided by.
             found_inf: not 0 if the step is to be skipped.
+            turn: averages that the step takes along where its buckets have them.
         """
-        done = 0
+        done, rule = 0, () if turn is None else turn.row
         try:
             torchs = [place for place in self.reference if found.grads[place] is not None]
             if torchs and (found_inf is None or not found_inf.item()):
                 by_reference([found.params[place] for place in torchs])
             for bucket in self._buckets:
-                bucket.run(optimizer, found.params, grad_scale, found_inf)
+                bucket.run(optimizer, found.params, grad_scale, found_inf, rule)
                 done += 1
         except BaseException:  # torch's refusal, or an interruption while something compiles
             self.forget_states(optimizer, found.params, done)
             raise
         for bucket, tensors in zip(self._buckets, found.buckets, strict=True):
             bucket.increment_versions(*tensors)
+
+    def averaged(self, found: Found) -> set[int]:
+        """The ids of the parameters whose averages the step has taken along."""
+        return {
+            id(param)
+            for bucket, (written, _, grads) in zip(self._buckets, found.buckets, strict=True)
+            if bucket.averages
+            for param, grad in zip(written, grads, strict=False)
+            if grad is not None
+        }
 
     def forget_states(self, optimizer: PlannedStep, params: list[Tensor], done: int = 0) -> None:
         """Undo the beginning of states whose first step didn't happen; done: buckets that ran."""

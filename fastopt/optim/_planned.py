@@ -14,8 +14,9 @@ from .. import dispatch
 from ..dispatch import Decision
 from ..kernels.layout import same_layout
 from ..kernels.operation import Update
-from ..kernels.tables import Tables
+from ..kernels.tables import Averaged, Tables
 from ._clipping import check_limit, divisor, norm_of, with_limit
+from ._following import Follower, average_after, step_and_average
 from ._hooks import with_hooks
 from ._kinds import Kind, default_counter, fits_torchs_fused, group_specials
 from ._plan import all_params
@@ -43,6 +44,8 @@ class PlannedStep(Optimizer):
     """
 
     _operation: ClassVar[str]
+    #: the class whose step is the reference: torch's, or a plain definition of what torch lacks
+    _twin: ClassVar[Any]
     #: the hyperparameters and the formulas
     _record: ClassVar[type[Update]]
     #: keys of all states that the update may use, in the formula's order
@@ -71,13 +74,16 @@ class PlannedStep(Optimizer):
     max_grad_norm: float | None = None
     #: their norm before that, in the last step that had a max_grad_norm: a 0-d tensor
     grad_norm: Tensor | None = None
+    #: the averages that follow the steps
+    _followers: tuple[Follower, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "_operation" in vars(cls):
             cls._slots, cls._scalars = cls._record.slots, cls._record.scalars
             cls.__init__ = with_limit(cls.__init__)  # type: ignore[method-assign]
-            torchs_parts(cls._operation)  # now, before anyone can have replaced some
+            _, cls._twin = cls.__bases__
+            torchs_parts(cls._twin)  # now, before anyone can have replaced some
 
     def _active(self, group: Group) -> tuple[str, ...]:
         """The slots that this group's configuration uses: all, where a subclass says nothing."""
@@ -136,11 +142,16 @@ class PlannedStep(Optimizer):
         """Why only torch's code takes a parameter that kernels else take."""
         return None
 
-    def _launcher(self, backend: Any, kind: Kind) -> Callable[[Tables], Any]:
-        """What launches an update of parameters of one kind, once it is given their tables."""
+    def _launcher(
+        self, backend: Any, kind: Kind, averaged: Averaged | None
+    ) -> Callable[[Tables], Any]:
+        """What launches an update of parameters of one kind, once it is given their tables.
+
+        averaged: the averages that it takes along, if any.
+        """
         slots = kind.param, *kind.slots
         launcher: Callable[[Tables], Any] = backend.step_launcher(
-            self._record, slots, kind.scalars, kind.grad, kind.step
+            self._record, slots, kind.scalars, kind.grad, kind.step, averaged
         )
         return launcher
 
@@ -200,10 +211,12 @@ class PlannedStep(Optimizer):
                 limit = self.max_grad_norm
                 self.grad_norm = torch.nn.utils.clip_grad_norm_(all_params(self), limit)
             self._torch_step()
+            average_after(self, None)
             return loss
         is_torchs = dispatch.insisted() in (None, "reference") and circumstances(self)
         if is_torchs and self.max_grad_norm is None:
             self._torch_step()
+            average_after(self, getattr(self, "found_inf", None))
             return loss
         # Left here by a GradScaler, if fused=True.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -222,6 +235,7 @@ class PlannedStep(Optimizer):
         if is_torchs:
             if found_inf is None or not found_inf.item():
                 by_reference(all_params(self))
+            average_after(self, found_inf)
             return loss
         self._take_step(by_reference, grad_scale, found_inf)
         return loss
@@ -234,7 +248,10 @@ class PlannedStep(Optimizer):
         planner: Planner | None = self.__dict__.get("_planner")
         if planner is None:
             planner = self.__dict__.setdefault("_planner", Planner())
-        planner.step(self, by_reference, grad_scale, found_inf)
+        if self._followers:
+            step_and_average(self, planner, by_reference, grad_scale, found_inf)
+        else:
+            planner.step(self, by_reference, grad_scale, found_inf)
 
     def _clip(self, grad_scale: Tensor | None) -> Tensor | None:
         """Note the gradients' norm; what is to divide them, a GradScaler's scale included."""

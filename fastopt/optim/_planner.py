@@ -13,6 +13,7 @@ from torch import Tensor
 from ._plan import Found, StepPlan, all_params
 
 if TYPE_CHECKING:
+    from ._pairs import Turn
     from ._planned import PlannedStep
 
 _ATTEMPTS = 1000
@@ -51,22 +52,28 @@ class Planner(Keeper[StepPlan]):
         by_reference: Callable[[list[Tensor]], None],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
-    ) -> None:
-        """Take a step; arguments as those of StepPlan.run."""
-        with self._lock:
-            plan, found = self._plan_of(optimizer)
-            plan.run(optimizer, found, by_reference, grad_scale, found_inf)
+        turn: Turn | None = None,
+    ) -> set[int]:
+        """Take a step; arguments as those of StepPlan.run.
 
-    def _plan_of(self, optimizer: PlannedStep) -> tuple[StepPlan, Found]:
+        Returns:
+            The ids of the parameters whose averages the step has taken along.
+        """
+        with self._lock:
+            plan, found = self._plan_of(optimizer, turn)
+            plan.run(optimizer, found, by_reference, grad_scale, found_inf, turn)
+            return set() if turn is None else plan.averaged(found)
+
+    def _plan_of(self, optimizer: PlannedStep, turn: Turn | None) -> tuple[StepPlan, Found]:
         plan = self.plan
-        found = None if plan is None else plan.look(optimizer)
+        found = None if plan is None else plan.look(optimizer, turn)
         if plan is not None and found is not None:
             return plan, found
         known = {} if plan is None else plan.kinds
         self.plan = None  # stays so if a line below raises
         for _ in range(_ATTEMPTS):
-            plan = StepPlan(optimizer, known)
-            found = plan.look(optimizer, first=True)
+            plan = StepPlan(optimizer, known, turn)
+            found = plan.look(optimizer, turn, first=True)
             if found is not None:
                 self.plan = plan
                 return plan, found

@@ -39,9 +39,8 @@ class Parts(NamedTuple):
 
 
 @functools.cache
-def torchs_parts(operation: str) -> Parts:
-    """The parts of an optimizer's step in torch."""
-    twin: type[Optimizer] = getattr(torch.optim, operation)
+def torchs_parts(twin: type[Optimizer]) -> Parts:
+    """The parts of the step of a class of torch's."""
     methods: dict[str, Any] = {}
     names = list(_names(twin.step))
     for name in names:  # grows: what is called by what is called
@@ -76,7 +75,7 @@ def around() -> list[str]:
 def circumstances(optimizer: Any) -> tuple[str, ...]:
     """Why torch's own step has to be taken, in words; most often nothing."""
     reasons = around()
-    kind, parts, own = type(optimizer), torchs_parts(optimizer._operation), vars(optimizer)
+    kind, parts, own = type(optimizer), torchs_parts(optimizer._twin), vars(optimizer)
     for name, method in parts.methods:
         found = getattr(kind, name, None)
         if name in own or (found is not method and _without_dynamo(found) is not method):

@@ -57,7 +57,10 @@ class Sorting(NamedTuple):
 
 
 def sort(
-    optimizer: PlannedStep, known: Mapping[int, Kind] | None = None, without_grads: bool = False
+    optimizer: PlannedStep,
+    known: Mapping[int, Kind] | None = None,
+    without_grads: bool = False,
+    averages: Mapping[int, Tensor] | None = None,
 ) -> Sorting:
     """Sort parameters by kind, and decide for each kind.
 
@@ -67,11 +70,14 @@ def sort(
             expect of a gradient that isn't there.
         without_grads: count parameters without a gradient as if they had one of their own
             dtype and layout.
+        averages: those that a launch may take along, by the parameters' ids.
 
     Raises:
         BackendUnavailable: the backend insisted on can't serve a parameter with a gradient.
     """
-    known = known or {}
+    known, averages = known or {}, averages or {}
+    if averages and find_sharing(*_memory(optimizer, without_grads, averages)):
+        averages = {}  # they are updated after the step, whose memory is looked at below
     around = circumstances(optimizer)
     specials = [group_specials(optimizer, group) for group in optimizer.param_groups]
     present: dict[Kind, list[Member]] = {}
@@ -84,6 +90,7 @@ def sort(
         last = known.get(id(param))
         if param.grad is not None or without_grads:
             kind = kind_of(optimizer, group, around, specials[member.group], param)
+            kind = _with_average(kind, averages.get(id(param)))
             present.setdefault(kind, []).append(member)
         elif last is not None and last.special:
             kind = last
@@ -91,6 +98,7 @@ def sort(
         else:
             dtype = None if last is None else last.grad
             kind = kind_of(optimizer, group, around, specials[member.group], param, dtype)
+            kind = _with_average(kind, averages.get(id(param)))
             if kind.special:
                 idle.append(member)
             elif has_states(optimizer, group, param):
@@ -135,10 +143,16 @@ def _members(optimizer: PlannedStep) -> Iterator[Member]:
             place += 1
 
 
+def _with_average(kind: Kind, average: Tensor | None) -> Kind:
+    if average is None or kind.special or kind.sharded:
+        return kind
+    return kind._replace(average=average.dtype)
+
+
 def _merge(by_kind: dict[Kind, list[Member]], reason: str) -> dict[Kind, list[Member]]:
     merged: dict[Kind, list[Member]] = {}
     for kind, members in by_kind.items():
-        kind = kind._replace(special=(*kind.special, reason))
+        kind = kind._replace(special=(*kind.special, reason), average=None)
         merged.setdefault(kind, []).extend(members)
     return merged
 
@@ -172,7 +186,9 @@ def _request(optimizer: PlannedStep, kind: Kind, members: list[Member]) -> Reque
 _Placed = list[tuple[Place, Tensor]]
 
 
-def _memory(optimizer: PlannedStep, without_grads: bool) -> tuple[_Placed, _Placed]:
+def _memory(
+    optimizer: PlannedStep, without_grads: bool, averages: Mapping[int, Tensor] | None = None
+) -> tuple[_Placed, _Placed]:
     """What a step writes to, and what it reads beside that."""
     written: _Placed = []
     read: _Placed = []
@@ -184,6 +200,8 @@ def _memory(optimizer: PlannedStep, without_grads: bool) -> tuple[_Placed, _Plac
         elif not without_grads:
             continue
         written.append((Place(place, ""), local(param)))
+        if averages and id(param) in averages:
+            written.append((Place(place, ".average"), averages[id(param)]))
         for name, t in optimizer.state.get(param, {}).items():
             if isinstance(t, Tensor):
                 written.append((Place(place, name), local(t)))

@@ -13,7 +13,7 @@ from .. import formula as m
 from ..dispatch import insisted
 from ..kernels.layout import same_layout
 from ..kernels.operation import Update
-from ..kernels.tables import Tables
+from ..kernels.tables import Averaged, Tables
 from ._kinds import Kind
 from ._planned import PlannedStep
 from ._shards import is_dtensor
@@ -161,7 +161,9 @@ class Adafactor(PlannedStep, torch.optim.Adafactor):
         vector.grad = torch.zeros_like(vector)
         return [matrix, vector]
 
-    def _launcher(self, backend: Any, kind: Kind) -> Callable[[Tables], Any]:
+    def _launcher(
+        self, backend: Any, kind: Kind, averaged: Averaged | None
+    ) -> Callable[[Tables], Any]:
         launcher: Callable[[Tables], Any] = backend.factored_launcher(
             AdafactorUpdate, (kind.param, *kind.slots), kind.grad, kind.step
         )

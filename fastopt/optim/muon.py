@@ -13,7 +13,7 @@ from torch.optim.optimizer import _to_scalar
 
 from .. import formula as m
 from ..kernels.operation import Update
-from ..kernels.tables import Launch, Tables
+from ..kernels.tables import Averaged, Launch, Tables
 from ._kinds import Kind
 from ._planned import PlannedStep
 from ._shards import is_dtensor
@@ -135,7 +135,9 @@ class Muon(PlannedStep, torch.optim.Muon):
             return "a parameter that is no matrix"
         return None
 
-    def _launcher(self, backend: Any, kind: Kind) -> Callable[[Tables], Any]:
+    def _launcher(
+        self, backend: Any, kind: Kind, averaged: Averaged | None
+    ) -> Callable[[Tables], Any]:
         # A launch computes in the precision of what it writes to first.
         between = torch.float64 if kind.param == torch.float64 else torch.bfloat16
         first = backend.step_launcher(MuonUpdate, (between, kind.slots[0]), (), kind.grad, None)

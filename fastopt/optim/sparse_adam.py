@@ -17,6 +17,7 @@ from ..dispatch import Decision, Request
 from ..kernels.layout import is_released
 from ..kernels.operation import Update
 from ..kernels.tables import Tables
+from ._following import average_after
 from ._kinds import group_specials
 from ._memory import Place, find_sharing
 from ._planned import PlannedStep
@@ -163,6 +164,7 @@ class SparseAdam(PlannedStep, torch.optim.SparseAdam):
             backend = dispatch.load(backends[kind])
             launcher = backend.step_launcher(SparseAdamUpdate, kind[:3], (), kind[3], None)
             self._update(members, launcher, grad_scale)
+        average_after(self, found_inf)
 
     def _update(
         self, members: list[Member], launcher: Callable[[Tables], Any], grad_scale: Tensor | None

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from torch.nn import Module
+from torch.optim import Optimizer
 from torch.optim import swa_utils as _torchs
 
 from .._torchs import names as _names
 from ..dispatch import Decision
 from ._averages import Averager
+from ._following import Follower
+from ._planned import PlannedStep
 
 if TYPE_CHECKING:  # to type checkers all else is torch's
     from torch.optim.swa_utils import SWALR as SWALR
@@ -19,6 +25,9 @@ if TYPE_CHECKING:  # to type checkers all else is torch's
     from torch.optim.swa_utils import get_swa_avg_fn as get_swa_avg_fn
     from torch.optim.swa_utils import get_swa_multi_avg_fn as get_swa_multi_avg_fn
     from torch.optim.swa_utils import update_bn as update_bn
+
+
+_Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class AveragedModel(_torchs.AveragedModel):
@@ -43,6 +52,10 @@ class AveragedModel(_torchs.AveragedModel):
         avg_fn, multi_avg_fn: one of torch's functions above, from :mod:`torch.optim.swa_utils`
             or from here. With any other, torch's own code calls it.
         use_buffers: average the buffers as well (integers by torch's own code), else copy them.
+        optimizer: one of fastopt's. Its steps are then updates of the averages, too, and nobody
+            is to call ``update_parameters`` after them. A launch that updates a parameter takes
+            its average along, so that nothing is read twice. A step that a GradScaler skips, or
+            that finds no gradient, is no update.
 
     Averages and parameters may be float64, float32, bfloat16 or float16, of any dense layout; what
     is of other kinds is updated by torch's own code.
@@ -50,17 +63,40 @@ class AveragedModel(_torchs.AveragedModel):
     Raises:
         AssertionError, ValueError: as torch does, for two functions, and in an update for another
             number of buffers.
+        TypeError: an optimizer of other classes than fastopt's.
 
     Example:
         >>> ema = fastopt.optim.swa_utils.get_ema_multi_avg_fn(0.999)
         >>> average = fastopt.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema)
         >>> optimizer.step(); average.update_parameters(model)
+        >>> average = fastopt.optim.swa_utils.AveragedModel(
+        ...     model, multi_avg_fn=ema, optimizer=optimizer
+        ... )
+        >>> loss.backward(); optimizer.step()
 
     Reference: :class:`torch.optim.swa_utils.AveragedModel`; Izmailov et al.,
         https://arxiv.org/abs/1803.05407
     """
 
     _operation = "AveragedModel"
+
+    def __init__(
+        self,
+        model: Module,
+        device: int | torch.device | None = None,
+        avg_fn: Callable[[Tensor, Tensor, Tensor | int], Tensor] | None = None,
+        multi_avg_fn: Callable[[_Tensors, _Tensors, Tensor | int], None] | None = None,
+        use_buffers: bool = False,
+        *,
+        optimizer: Optimizer | None = None,
+    ) -> None:
+        super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)
+        if optimizer is not None:
+            if not isinstance(optimizer, PlannedStep):
+                raise TypeError(
+                    f"optimizer of {type(optimizer)!r} (supported: those of fastopt.optim)"
+                )
+            optimizer._followers += (Follower(weakref.ref(self), model),)
 
     def update_parameters(self, model: Module) -> None:
         """Average what the model's parameters are now into the averages.

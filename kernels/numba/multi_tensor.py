@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from numba.core import types
+from numba.extending import overload
 
 from ..operation import Update
-from ..tables import Launch, Tables
-from .compiler import dtype_name, kernel, pointer, region
+from ..tables import Averaged, Launch, Tables
+from .compiler import FUNCTION_OPTIONS, dtype_name, kernel, pointer, region
 from .pointer import at, load, store
 from .pointers import as_stored, at_each, cast_for, load_each, store_each
 from .record import Values, at_step, completed, next_numbers, read_record, row_at, update
@@ -32,6 +33,10 @@ from .tuples import cast_each, zeros_for
 GRAIN = 65_536
 # Parts begin on multiples of this, so that no two threads write to one cache line.
 ALIGN = 64
+# Elements that are updated before their average is: they are in the nearest cache then. In one loop
+# a compiler would join other products with sums than in a loop of the update alone, and the
+# parameters would have other bits.
+BLOCK = 1024
 
 
 @kernel
@@ -41,6 +46,35 @@ def update_span(record: Any, slots: Any, grads: Any, begin: int, end: int) -> No
         values = load_each(slots, i)
         new = update(record, values[0], load(grads, i), *values[1:])
         store_each(slots, i, new)
+
+
+def update_and_average(
+    record: Any, rule: Any, slots: Any, averages: Any, grads: Any, begin: int, end: int
+) -> None:
+    """The same, and a rule's update of their average, if there is one, by the new parameter."""
+    raise NotImplementedError
+
+
+@overload(update_and_average, strict=False, jit_options=FUNCTION_OPTIONS)
+def _update_and_average(
+    record: Any, rule: Any, slots: Any, averages: Any, grads: Any, begin: int, end: int
+) -> Any:
+    def alone(
+        record: Any, rule: Any, slots: Any, averages: Any, grads: Any, begin: int, end: int
+    ) -> None:
+        update_span(record, slots, grads, begin, end)
+
+    def by_turns(
+        record: Any, rule: Any, slots: Any, averages: Any, grads: Any, begin: int, end: int
+    ) -> None:
+        averaging = record_at(rule, 0, 1.0, (), averages[0])
+        while begin < end:
+            stop = min(begin + BLOCK, end)
+            update_span(record, slots, grads, begin, stop)
+            update_span(averaging, averages, slots[0], begin, stop)
+            begin = stop
+
+    return by_turns if len(averages) else alone
 
 
 @kernel
@@ -77,7 +111,7 @@ def step_count(step: Any, table: Any, position: int) -> float:
 @kernel
 def update_part(
     part: int, parts: int, rows: Any, row_of: Any, offsets: Any, table: Any, tensors: int,
-    slots: Any, scalars: Any, grads: Any, step: Any,
+    slots: Any, averages: Any, scalars: Any, grads: Any, step: Any, rule: Any,
 ) -> None:  # fmt: skip
     total = load(offsets, tensors)
     begin = part * total // parts // ALIGN * ALIGN
@@ -89,7 +123,8 @@ def update_part(
             t = middle
         else:
             high = middle
-    lines = len(slots) + len(scalars)  # and then those of the gradients and of the counters
+    first = len(slots) + len(averages)  # the line of the first number, and behind them those
+    lines = first + len(scalars)  # of the gradients and of the counters
     row, count = -1, -1.0
     numbers = zeros_for(scalars)
     record = record_at(rows, 0, 1.0, numbers + numbers, grads)
@@ -99,31 +134,37 @@ def update_part(
         if stop > begin:
             count_here = step_count(step, table, (lines + 1) * tensors + t)
             row_here = load(row_of, t)
-            numbers_here = numbers_at(scalars, table, len(slots) * tensors + t, tensors)
+            numbers_here = numbers_at(scalars, table, first * tensors + t, tensors)
             # A power costs as much as 100 elements.
             if row_here != row or count_here != count or numbers_here != numbers:
                 row, count, numbers = row_here, count_here, numbers_here
                 after = numbers_after(rows, row, count, scalars, numbers, step)
                 record = record_at(rows, row, count, numbers + after, grads)
             here = at_each(slots, table, tensors, t)
+            averages_here = at_each(averages, table, tensors, len(slots) * tensors + t)
             grads_here = at(grads, load(table, lines * tensors + t))
-            update_span(record, here, grads_here, begin - start, stop - start)
+            update_and_average(
+                record, rule, here, averages_here, grads_here, begin - start, stop - start
+            )
             begin = stop
         t += 1
 
 
 @kernel
 def count_step(
-    rows: Any, row_of: Any, table: Any, tensors: int, slots: Any, scalars: Any, step: Any
+    rows: Any, row_of: Any, table: Any, tensors: int, first: int, scalars: Any, step: Any
 ) -> None:
-    """Bring the counters, and the states that are one number, to where they are after the step."""
-    lines = len(slots) + len(scalars)
+    """Bring the counters, and the states that are one number, to where they are after the step.
+
+    first: the line of the first number.
+    """
+    lines = first + len(scalars)
     row, count = -1, -1.0
     numbers = new = zeros_for(scalars)
     for t in range(tensors):
         if load(table, lines * tensors + t) == 0:  # it has no gradient
             continue
-        place = len(slots) * tensors + t
+        place = first * tensors + t
         count_here, row_here = step_count(step, table, (lines + 1) * tensors + t), load(row_of, t)
         numbers_here = numbers_at(scalars, table, place, tensors)
         if row_here != row or count_here != count or numbers_here != numbers:
@@ -137,13 +178,15 @@ def count_step(
 @region
 def update_all(
     parts: int, rows: Any, row_of: Any, offsets: Any, table: Any, tensors: int,
-    slots: Any, scalars: Any, grads: Any, step: Any,
+    slots: Any, averages: Any, scalars: Any, grads: Any, step: Any, rule: Any,
 ) -> None:  # fmt: skip
     on_threads(
-        update_part, parts, (rows, row_of, offsets, table, tensors, slots, scalars, grads, step)
-    )
+        update_part, parts,
+        (rows, row_of, offsets, table, tensors, slots, averages, scalars, grads, step, rule),
+    )  # fmt: skip
     if step is not None:
-        count_step(rows, row_of, table, tensors, slots, scalars, step)
+        first = len(slots) + len(averages)
+        count_step(rows, row_of, table, tensors, first, scalars, step)
 
 
 def _own_dtype(dtype: torch.dtype) -> str:
@@ -158,6 +201,7 @@ def launcher(
     scalars: tuple[torch.dtype, ...],
     grad: torch.dtype,
     step: torch.dtype | None,
+    averaged: Averaged | None = None,
 ) -> Callable[[Tables], Launch]:
     """The compiled update for one kind of bucket, to be bound to a bucket's tables.
 
@@ -167,12 +211,16 @@ def launcher(
         scalars: dtypes of the states that are one number.
         grad: dtype of the gradients.
         step: dtype of the step counters, or None.
+        averaged: the parameters' averages, if the step has them.
     """
     assert slots[0] is not None
     compute = _own_dtype(slots[0])
     slot_types = [
         types.none if d is None else pointer(dtype_name(d), k, compute) for k, d in enumerate(slots)
     ]
+    averages = [] if averaged is None else [
+        pointer(dtype_name(averaged.dtype), len(slots), compute)
+    ]  # fmt: skip
     index = pointer("int64", 7)
     compiled = Launcher(
         update_all,
@@ -182,12 +230,15 @@ def launcher(
         index,
         types.intp,
         types.Tuple(slot_types),
+        types.Tuple(averages),
         types.Tuple([pointer(dtype_name(d), 7, _own_dtype(d)) for d in scalars]),
-        pointer(dtype_name(grad), len(slots), compute),
+        pointer(dtype_name(grad), len(slots) + len(averages), compute),
         types.none if step is None else pointer(dtype_name(step), 7, dtype_name(step)),
+        types.none if averaged is None else Values(averaged.record, ()),
     )
     tag = (
         tuple(None if d is None else 0 for d in slots),
+        (0,) * len(averages),
         (0,) * len(scalars),
         0,
         None if step is None else 0,
@@ -196,12 +247,16 @@ def launcher(
     def bind(tables: Tables) -> Launch:
         arrays = (tables.hypers, tables.row_of, tables.offsets, tables.addresses)
         addresses = [array.ctypes.data for array in arrays]
-        arguments = (*addresses, len(tables.row_of), *tag)
+        numbers = np.zeros(0 if averaged is None else len(averaged.record.numbers))
+        rule = None if averaged is None else numbers.ctypes.data
+        arguments = (*addresses, len(tables.row_of), *tag, rule)
 
         def update(grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
             if found_inf is not None and found_inf.item():
                 return
             elements = int(tables.offsets[-1])
+            if tables.rule is not None:
+                numbers[:] = [float(number) for number in tables.rule]
             if grad_scale is None:
                 compiled(parts_for(elements, GRAIN), *arguments)
                 return

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..tables import Launch, Tables
+from ..tables import Averaged, Launch, Tables
 from .compiler import TYPES, compute_dtype, launch
 from .device_table import DeviceTable, capturing, current_stream
 from .record import formula_of, maker
@@ -71,10 +71,11 @@ class Launches:
         dtypes: tuple[torch.dtype | None, ...],
         scalars: tuple[torch.dtype, ...],
         step: torch.dtype | None,
+        averaged: Averaged | None,
         tables: Tables,
     ) -> None:
         """record: its class; dtypes: of the slots and gradients; scalars: of the states that are
-        one number; step: of the counters."""
+        one number; step: of the counters; averaged: the parameters' averages."""
         self._record, self._tables = record, tables
         self._step = None if step is None else TYPES[step]
         # The dtype of the counters, if they are on the host.
@@ -88,10 +89,18 @@ class Launches:
         self._compute = compute_dtype(dtypes[0])  # type: ignore[arg-type]
         self._block, self._threads = block_shape(dtypes[0])  # type: ignore[arg-type]
         # Of the slots the first is the parameter, and the last of the dtypes the gradient's.
-        unused = tuple(n for n, d in zip(record.slots, dtypes[1:-1], strict=True) if d is None)
+        states = dtypes[1 : len(record.slots) + 1]
+        unused = tuple(n for n, d in zip(record.slots, states, strict=True) if d is None)
         self._update = {
             "FORMULA": formula_of(record, "update", unused),
             "MAKE": maker(record, record.derived),
+        }
+        rule = None if averaged is None else averaged.record
+        self._rule = np.zeros(0 if rule is None else len(rule.numbers))
+        self._averaging = {
+            "RULE": None if rule is None else formula_of(rule, "update"),
+            "MAKE_RULE": None if rule is None else maker(rule),
+            "RULE_FIELDS": len(self._rule),
         }
         self._at_step = {
             "FORMULA": formula_of(record, "at_step") if record.derived else None,
@@ -115,6 +124,7 @@ class Launches:
         self._table, self._hypers = (
             DeviceTable(host, t.device, CAPTURES) for host in (self._lines, t.hypers)
         )
+        self._rules = DeviceTable(self._rule, t.device, CAPTURES)
         self._row_of, self._behind, self._numbers = (
             DeviceTable(host, t.device)
             for host in (
@@ -168,11 +178,23 @@ class Launches:
         launch(
             update_blocks, (self._blocks,), t.device, self._threads, table,
             self._tensor_of.current(), constants, len(t.row_of), grad_scale, found_inf,
-            LINES=self._lines_used, DTYPES=self._dtypes, FIELDS=self._fields,
-            COMPUTE=TYPES[self._compute], BLOCK=self._block, **self._update,
+            self._rule_numbers(), LINES=self._lines_used, DTYPES=self._dtypes, FIELDS=self._fields,
+            COMPUTE=TYPES[self._compute], BLOCK=self._block, **self._update, **self._averaging,
         )  # fmt: skip
         if self._counted is not None and (found_inf is None or found_inf.item() == 0):
             self._count()
+
+    def _rule_numbers(self) -> torch.Tensor | None:
+        """The numbers of the averages' rule, on the device."""
+        t = self._tables
+        if t.rule is None:
+            return None
+        there = {k: v for k, v in enumerate(t.rule) if isinstance(v, torch.Tensor)}
+        self._rule[:] = [np.nan if k in there else v for k, v in enumerate(t.rule)]
+        numbers = self._rules.current()
+        for k, value in there.items():
+            numbers[k].copy_(value.reshape(()))
+        return numbers
 
     def _read(self, line: int, dtype: Any) -> np.ndarray:
         """Numbers on the host, in float64, of those tensors that have a gradient."""
@@ -240,6 +262,7 @@ def launcher(
     scalars: tuple[torch.dtype, ...],
     grad: torch.dtype,
     step: torch.dtype | None,
+    averaged: Averaged | None = None,
 ) -> Callable[[Tables], Launch]:
     """The update for one kind of bucket; arguments as those of the CPU backend's.
 
@@ -248,7 +271,9 @@ def launcher(
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(_CAPTURED_TOO_EARLY)
-    return functools.partial(Launches, record, (*slots, grad), scalars, step)
+    if averaged is not None:
+        slots = (*slots, averaged.dtype)
+    return functools.partial(Launches, record, (*slots, grad), scalars, step, averaged)
 
 
 def describe_step(param: torch.dtype, sizes: list[int]) -> str:

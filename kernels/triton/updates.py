@@ -88,11 +88,15 @@ def derive(
 
 @device_function
 def update_block(
-    table, tensor, tensors, offset, mask, values, scale, LINES: tl.constexpr,
-    DTYPES: tl.constexpr, FORMULA: tl.constexpr, MAKE: tl.constexpr, COMPUTE: tl.constexpr,
-    VECTORS: tl.constexpr,
+    table, tensor, tensors, offset, mask, values, averaging, scale, LINES: tl.constexpr,
+    DTYPES: tl.constexpr, FORMULA: tl.constexpr, MAKE: tl.constexpr, RULE: tl.constexpr,
+    COMPUTE: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
-    """Update the elements `offset` of one tensor. VECTORS: all addresses are multiples of 16."""
+    """Update the elements `offset` of one tensor. VECTORS: all addresses are multiples of 16.
+
+    averaging: the record of the RULE, if any, by which what is stored of the parameter goes into
+    the last slot, its average.
+    """
     numbers = ()
     for k in tl.static_range(len(LINES)):
         start = tl.load(table + LINES[k] * tensors + tensor).to(tl.pointer_type(DTYPES[k]))
@@ -102,7 +106,12 @@ def update_block(
     grad = numbers[len(LINES) - 1]
     if scale is not None:
         grad *= scale
-    new = FORMULA(MAKE(values, ()), numbers[0], grad, *numbers[1 : len(LINES) - 1])
+    if RULE is None:
+        new = FORMULA(MAKE(values, ()), numbers[0], grad, *numbers[1 : len(LINES) - 1])
+    else:
+        new = FORMULA(MAKE(values, ()), numbers[0], grad, *numbers[1 : len(LINES) - 2])
+        stored = new[0].to(DTYPES[0]).to(COMPUTE)
+        new = new + RULE(averaging, numbers[len(LINES) - 2], stored)
     for k in tl.static_range(len(LINES) - 1):
         start = tl.load(table + LINES[k] * tensors + tensor).to(tl.pointer_type(DTYPES[k]))
         if VECTORS:
@@ -112,11 +121,16 @@ def update_block(
 
 @kernel
 def update_blocks(
-    table, tensor_of, constants, tensors, grad_scale, found_inf, LINES: tl.constexpr,
+    table, tensor_of, constants, tensors, grad_scale, found_inf, rule, LINES: tl.constexpr,
     DTYPES: tl.constexpr, FORMULA: tl.constexpr, MAKE: tl.constexpr, FIELDS: tl.constexpr,
+    RULE: tl.constexpr, MAKE_RULE: tl.constexpr, RULE_FIELDS: tl.constexpr,
     COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Update one block. LINES of the table: the parameter's, those of states, the gradients'."""
+    """Update one block. LINES of the table: the parameter's, those of states, the gradients'.
+
+    rule: the numbers of the RULE for the parameters' averages, if they have any, whose line is
+    that before the gradients'.
+    """
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return
@@ -128,15 +142,21 @@ def update_blocks(
     rest = table + (LINES[len(LINES) - 1] + 2) * tensors + tensor
     count, first, aligned = entries(rest, 0, tensors, 3)
     values = entries(constants, tensor, tensors, FIELDS)
+    averaging = None
+    if RULE is not None:
+        numbers = ()
+        for k in tl.static_range(RULE_FIELDS):
+            numbers = numbers + (tl.load(rule + k).to(COMPUTE),)
+        averaging = MAKE_RULE(numbers, ())
     begin = (program - first) * BLOCK
     offset = begin + tl.arange(0, BLOCK)
     if (begin + BLOCK <= count) & (aligned != 0):
         update_block(
-            table, tensor, tensors, offset, None, values, scale, LINES, DTYPES, FORMULA, MAKE,
-            COMPUTE, True,
+            table, tensor, tensors, offset, None, values, averaging, scale, LINES, DTYPES,
+            FORMULA, MAKE, RULE, COMPUTE, True,
         )  # fmt: skip
     else:
         update_block(
-            table, tensor, tensors, offset, offset < count, values, scale, LINES, DTYPES,
-            FORMULA, MAKE, COMPUTE, False,
+            table, tensor, tensors, offset, offset < count, values, averaging, scale, LINES,
+            DTYPES, FORMULA, MAKE, RULE, COMPUTE, False,
         )  # fmt: skip
