@@ -18,9 +18,9 @@ import fastopt.nn.functional as ours
 from fastopt import BackendUnavailable, dispatch
 from fastopt.dispatch import BACKENDS, Decision, Request
 from fastopt.front.call import RECORDS
-from fastopt.kernels.operation import LinearSoftmax
 from fastopt.front.crossover import crossover, quick_test, usual_crossover
 from fastopt.front.torch_only import TorchOnly
+from fastopt.kernels.operation import LinearSoftmax
 
 SINGLE = (torch.float32, torch.float32)
 LARGE = 1 << 20
