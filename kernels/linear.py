@@ -101,7 +101,7 @@ class Linear(NamedTuple):
         options: Options,
         tensors: Tensors,
         grads: Tensors | None,
-        kept: tuple[()],
+        kept: Tensors,
         grad_output: torch.Tensor,
         needs: tuple[bool, ...],
     ) -> Tensors:
@@ -122,7 +122,7 @@ class Linear(NamedTuple):
 
 def _step(pieces: Any, rows: int, columns: int, itemsize: int) -> int:
     """How many rows a piece has, all of about one size."""
-    most = max(pieces.BYTES // max(columns * itemsize, 1), pieces.ROWS)
+    most: int = max(pieces.BYTES // max(columns * itemsize, 1), pieces.ROWS)
     return max(-(-rows // max(-(-rows // most), 1)), 1)
 
 

@@ -86,8 +86,9 @@ def test_extremes(dtype: torch.dtype) -> None:
     )
     p = torch.softmax(x[1].double(), 0)
     others = p[:17].sum() + p[18:].sum()
-    assert others < 1e-5  # of 1 - p float32 has hardly a digit
-    assert_close(grad[0, 17].double(), others, rtol=1e-5, atol=0)
+    assert others < 1e-5  # of 1 - p float32 has hardly a digit, which the GPU's kernels compute
+    last = 2e-7 if BACKEND == "triton" and dtype == torch.float32 else 0
+    assert_close(grad[0, 17].double(), others, rtol=1e-5, atol=last)
 
 
 def test_numbers_that_are_none() -> None:

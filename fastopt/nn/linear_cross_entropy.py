@@ -232,7 +232,7 @@ def linear_cross_entropy(
     raise NotImplementedError
 
 
-class LinearCrossEntropyLoss(LossModule, Base, function=linear_cross_entropy):
+class LinearCrossEntropyLoss(LossModule, Base, function=linear_cross_entropy):  # type: ignore[misc]
     r"""A linear layer and the cross-entropy of its logits, as a module.
 
     Args:

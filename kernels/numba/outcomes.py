@@ -191,7 +191,8 @@ def outcomes(x: torch.Tensor, target: torch.Tensor) -> Outcomes:
     places = torch.empty(rows, dtype=torch.int64, device="cpu")
     kept = torch.empty(3, rows, dtype=torch.float64, device="cpu")
     _run(all_outcomes, x, target, *numbers, places, *kept)
-    return Outcomes(*numbers, places, kept)
+    log_probs, entropies, sums = numbers
+    return Outcomes(log_probs, entropies, sums, places, kept)
 
 
 def gradient(

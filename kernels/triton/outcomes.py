@@ -110,7 +110,8 @@ def outcomes(x: torch.Tensor, target: torch.Tensor) -> Outcomes:
         places, *kept, classes, x.stride(0), COMPUTE=TYPES[wide], COLUMNS=columns,
         LOWEST=torch.finfo(wide).min,
     )  # fmt: skip
-    return Outcomes(*numbers, places, kept)
+    log_probs, entropies, sums = numbers
+    return Outcomes(log_probs, entropies, sums, places, kept)
 
 
 def gradient(
