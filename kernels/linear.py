@@ -158,7 +158,7 @@ class _Layer:
         upstream = (
             grad_output.reshape(len(self.x), places) if each and grad_output is not None else None
         )
-        with torch.autocast(self.x.device.type, enabled=False), torch.no_grad():
+        with torch.no_grad():  # all products go into memory that is there, which autocast ignores
             buffer = self.pieces.empty((min(step, self.rows), len(self.w)), self.x.dtype)
             for begin in range(0, self.rows, step):
                 end = min(begin + step, self.rows)
@@ -231,7 +231,8 @@ class _Gradients:
             if isinstance(at, slice):
                 torch.mm(logits, self._layer.w, out=self._input[at])
             else:
-                self._input[at] = torch.mm(logits, self._layer.w)
+                rows = self._layer.pieces.empty((len(x), x.shape[1]), x.dtype)
+                self._input[at] = torch.mm(logits, self._layer.w, out=rows)
         if self._weight is not None:
             _add_product(self._weight, logits, x, self._first)
         if self._bias is not None:

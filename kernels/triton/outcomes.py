@@ -11,8 +11,9 @@ from .compiler import TYPES, compute_dtype, kernel, launch, power_of_2
 
 __all__ = ["gradient", "outcomes"]
 
-# Classes of a tile, at most; 8 elements a thread.
-TILE, PER_THREAD = 4096, 8
+# Classes of a tile, at most (of float64, which takes twice the registers, a quarter of them), and
+# bytes that a thread computes with.
+TILE, PER_THREAD = 4096, 32
 
 
 @kernel
@@ -93,8 +94,10 @@ def row_slopes(
         tl.store(grad + row * classes + column, slope, mask=mask)
 
 
-def _columns(classes: int) -> int:
-    return min(power_of_2(classes), TILE)
+def _tile(classes: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Its classes, and the threads of a program."""
+    columns = min(power_of_2(classes), TILE // 4 if dtype == torch.float64 else TILE)
+    return columns, max(columns * dtype.itemsize // PER_THREAD, 32)
 
 
 def outcomes(x: torch.Tensor, target: torch.Tensor) -> Outcomes:
@@ -104,9 +107,9 @@ def outcomes(x: torch.Tensor, target: torch.Tensor) -> Outcomes:
     wide = compute_dtype(x.dtype)
     numbers = [x.new_empty(rows, dtype=wide) for _ in range(3)]
     places, kept = x.new_empty(rows, dtype=torch.int64), x.new_empty(3, rows, dtype=wide)
-    columns = _columns(classes)
+    columns, threads = _tile(classes, wide)
     launch(
-        row_outcomes, (rows,), x.device, max(columns // PER_THREAD, 32), x, target, *numbers,
+        row_outcomes, (rows,), x.device, threads, x, target, *numbers,
         places, *kept, classes, x.stride(0), COMPUTE=TYPES[wide], COLUMNS=columns,
         LOWEST=torch.finfo(wide).min,
     )  # fmt: skip
@@ -117,12 +120,13 @@ def outcomes(x: torch.Tensor, target: torch.Tensor) -> Outcomes:
 def gradient(
     x: torch.Tensor, target: torch.Tensor, kept: torch.Tensor, grads: torch.Tensor
 ) -> torch.Tensor:
-    (rows, classes), columns = x.shape, _columns(x.shape[1])
+    (rows, classes), wide = x.shape, compute_dtype(x.dtype)
+    columns, threads = _tile(classes, wide)
     out = x.new_empty(rows, classes)
     span = columns * max(4, classes // (columns << 15))
     launch(
-        row_slopes, (rows, -(-classes // span)), x.device, max(columns // PER_THREAD, 32), x,
+        row_slopes, (rows, -(-classes // span)), x.device, threads, x,
         target, *grads, *kept, out, classes, x.stride(0), span,
-        COMPUTE=TYPES[compute_dtype(x.dtype)], COLUMNS=columns,
+        COMPUTE=TYPES[wide], COLUMNS=columns,
     )  # fmt: skip
     return out
