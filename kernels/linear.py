@@ -13,13 +13,15 @@ says of them, and how it computes their losses, is its `Pieces`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from .operation import Options
+from .outcomes import Outcomes
 
-__all__ = ["Linear", "Pieces"]
+__all__ = ["Linear", "OutcomesOfLayer", "Pieces"]
 
 Tensors = tuple[torch.Tensor | None, ...]
 
@@ -207,7 +209,7 @@ class _Gradients:
         target: the one of probabilities, None if it isn't wanted.
     """
 
-    def __init__(self, layer: _Layer, needs: tuple[bool, ...], single: bool) -> None:
+    def __init__(self, layer: Any, needs: tuple[bool, ...], single: bool) -> None:
         self._layer, self._first = layer, True
         wide = layer.x.dtype if layer.x.itemsize > 2 or single else torch.float32
         empty = layer.pieces.empty
@@ -255,6 +257,55 @@ class _Gradients:
         if grad.dtype != like.dtype:
             grad = self._layer.pieces.empty(tuple(grad.shape), like.dtype).copy_(grad)
         return grad.view(like.shape)
+
+
+class OutcomesOfLayer:
+    """What the rows of a layer's logits say (see kernels/outcomes.py), some rows at a time."""
+
+    def __init__(
+        self, backend: Any, x: torch.Tensor, w: torch.Tensor, target: torch.Tensor,
+        b: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        self.x, self.w, self.target, self.b = x, _for_products(w), target, b
+        self.tensors = (x, w, target, b, None)
+        self._backend, self.pieces = backend, self
+        self.places = None
+        # There are two such buffers in the backward pass, the other one for gradients.
+        self._step = _step(backend.Pieces, len(x), len(w), 2 * x.itemsize)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return self.x.new_empty(shape, dtype=dtype)
+
+    def _rows(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Which ones, and their logits, which the next ones overwrite."""
+        step = min(self._step, len(self.x))
+        buffer = self.empty((step, len(self.w)), self.x.dtype)
+        for begin in range(0, len(self.x), step or 1):
+            at = slice(begin, min(begin + step, len(self.x)))
+            logits = buffer[: at.stop - begin]
+            if self.b is None:
+                torch.mm(self.x[at], self.w.t(), out=logits)
+            else:
+                torch.addmm(self.b, self.x[at], self.w.t(), out=logits)
+            yield at, logits
+
+    def forward(self) -> Outcomes:
+        wide = torch.promote_types(self.x.dtype, torch.float32)
+        found = [self._backend.outcomes(rows, self.target[at]) for at, rows in self._rows()]
+        if not found:
+            none = self.empty((0,), wide)
+            places = none.to(torch.int64)
+            return Outcomes(none, none.clone(), none.clone(), places, self.empty((3, 0), wide))
+        return Outcomes(*[torch.cat(each, -1) for each in zip(*found, strict=True)])
+
+    def backward(
+        self, kept: torch.Tensor, grads: torch.Tensor, needs: tuple[bool, ...]
+    ) -> tuple[torch.Tensor | None, ...]:
+        found = _Gradients(self, (*needs[:2], False, needs[3]), len(self.x) <= self._step)
+        for at, rows in self._rows():
+            rows_grad = self._backend.gradient(rows, self.target[at], kept[:, at], grads[:, at])
+            found.add(rows_grad, self.x[at], at)
+        return found.finished()[:4]
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:

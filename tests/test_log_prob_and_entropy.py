@@ -170,3 +170,76 @@ def test_which_backend() -> None:
     assert decision.backend == "numba"
     assert decision.request.operation == "log_prob_and_entropy"
     assert_close(ours.log_prob_and_entropy(x, target), plain(x, target), rtol=0, atol=0)
+
+
+# -- of a linear layer ------------------------------------------------------------------
+
+
+def of_layer(*tensors: Any) -> Any:
+    x, w, target, b = tensors
+    with fastopt.use_backend(BACKEND):
+        return ours.linear_log_prob_and_entropy(x, w, target, linear_bias=b)
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = fastopt.dispatch.load(BACKEND).Pieces
+    monkeypatch.setattr(kind, "BYTES", 1)
+    monkeypatch.setattr(kind, "ROWS", 4)
+
+
+@pytest.mark.usefixtures("pieces")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_of_a_layer(bias: bool, dtype: torch.dtype) -> None:
+    """As near to float64 as the layer by torch and then the rows, from pieces of four rows."""
+    x, w, b = (torch.randn(s, dtype=torch.float64).to(dtype) for s in ((3, 5, 8), (130, 8), (130,)))
+    target = torch.randint(130, (3, 5))
+    upstream = torch.randn(3, 3, 5, dtype=torch.float64)
+
+    def outcome(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (x, w, *([b] if bias else []))]
+        found = function(*leaves[:2], target, leaves[2] if bias else None)
+        given = [u.to(f.dtype) for u, f in zip(upstream, found, strict=False)]
+        first = torch.autograd.grad(found[:3], leaves, given, retain_graph=True)
+        second = torch.autograd.grad(found[:3], leaves, given)
+        assert all(torch.equal(f, s) for f, s in zip(first, second, strict=True))
+        assert [f.dtype for f in first] == [dtype] * len(leaves)
+        return [*(f.detach() for f in found[:3]), *first]
+
+    def composed(x: Tensor, w: Tensor, target: Tensor, b: Any) -> Any:
+        return plain(torch.nn.functional.linear(x, w, b), target)
+
+    exact = outcome(composed, torch.float64)
+    for mine, its, e in zip(outcome(of_layer, dtype), outcome(composed, dtype), exact, strict=True):
+        assert mine.shape == e.shape
+        few = torch.finfo(dtype).eps * (256 if dtype == torch.float64 else 8)
+        wrong, torchs = (torch.linalg.vector_norm(t.double() - e) for t in (mine, its))
+        assert wrong <= 1.25 * torchs + few * torch.linalg.vector_norm(e)
+
+
+@pytest.mark.usefixtures("pieces")
+def test_of_a_layer_in_other_ways() -> None:
+    x, w = torch.randn(6, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    target = torch.randint(5, (6,))
+    x.requires_grad_()
+    call = lambda x: of_layer(x, w, target, None)[:3]  # noqa: E731
+    assert torch.autograd.gradgradcheck(call, x)
+    expected = plain(x @ w.t(), target)
+    assert torch.equal(of_layer(x, w, target, None).argmax, expected.argmax)
+    compiled = torch.compile(ours.linear_log_prob_and_entropy, backend="eager")
+    assert_close(compiled(x, w, target), expected)
+    assert of_layer(x[:0], w, target[:0], None).entropy.shape == (0,)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ours.linear_log_prob_and_entropy(x.float(), w.float(), target)
+    assert_close(found.entropy, expected.entropy.float(), rtol=0.05, atol=0.05)
+    target[5] = 7
+    for call in (of_layer, lambda *a: ours.linear_log_prob_and_entropy(*a[:3])):
+        with pytest.raises(IndexError, match=r"Target 7 .* target\[5\]; allowed are 0 to 4"):
+            call(x, w, target, None)
+        with pytest.raises(RuntimeError, match="expected input of shape"):
+            call(x, w[:, :2], target, None)
+        with pytest.raises(RuntimeError, match="expected logits of shape"):
+            call(x, w, target[:2], None)
+    with pytest.raises(RuntimeError, match=r"linear_bias of shape \(5,\)"):
+        of_layer(x, w, target, torch.ones(4))

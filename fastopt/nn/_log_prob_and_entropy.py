@@ -47,7 +47,7 @@ def plain(logits: Tensor, target: Tensor) -> LogProbAndEntropy:
     return LogProbAndEntropy(log_prob, entropy, log_sum_exp, logits.argmax(-1))
 
 
-def _check(logits: Tensor, target: Tensor) -> None:
+def check(logits: Tensor, target: Tensor) -> None:
     if not (isinstance(logits, Tensor) and isinstance(target, Tensor)):
         raise TypeError(
             f"logits and target must be tensors, not {type(logits).__name__} and "
@@ -64,11 +64,28 @@ def _check(logits: Tensor, target: Tensor) -> None:
         )
 
 
-def _analyse(logits: Tensor, target: Tensor) -> Call:
-    return prepare(
-        "log_prob_and_entropy", RowOutcomes(), ("none",), "none", logits.dtype, (logits, target),
-        [], label=1,
-    )  # fmt: skip
+def check_range(target: Tensor, logits: Tensor) -> None:
+    """Raise IndexError for a class index out of range, where the host may look at it."""
+    if target.is_cpu and not is_compiling() and not is_foreign((logits, target)):
+        classes = logits.shape[-1]
+        if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < classes:
+            raise out_of_bounds(target, classes, None)
+
+
+def _analyse(function: str, tensors: tuple[Tensor | None, ...], numel: int) -> Call:
+    """Of a call whose target is the last tensor of two, or the third; with so many logits."""
+    dtype = next(t.dtype for t in tensors if t is not None)
+    call = prepare(
+        function,
+        RowOutcomes(),
+        ("none",),
+        "none",
+        dtype,
+        tensors,
+        [],
+        label=min(len(tensors) - 1, 2),
+    )
+    return call._replace(request=call.request._replace(numel=numel))
 
 
 class _Outcomes(torch.autograd.Function):
@@ -101,16 +118,16 @@ class _Outcomes(torch.autograd.Function):
 _routes = RouteCache()
 
 
-def _served(logits: Tensor, target: Tensor) -> Any:
-    """The backend that serves a call, None for torch."""
+def backend_of(function: str, tensors: tuple[Tensor | None, ...], numel: int) -> Any:
+    """The backend that serves a call, None for torch; `numel` is that of the logits."""
     if is_compiling() or tracing_state() is not None:
         return None
-    key = key_of((), (logits, target))
+    key = key_of((function,), tensors)
     route = _routes.find(key)
     if route is None:
-        if key is None and dispatch.insisted() is None and is_foreign((logits, target)):
+        if key is None and dispatch.insisted() is None and is_foreign(tensors):
             return None
-        route = _routes.settle(key, _analyse(logits, target), (0, 1))
+        route = _routes.settle(key, _analyse(function, tensors, numel), tuple(range(len(tensors))))
     return route.backend
 
 
@@ -142,13 +159,10 @@ def log_prob_and_entropy(logits: Tensor, target: Tensor) -> LogProbAndEntropy:
     Reference: :func:`torch.log_softmax`, gathered at the target, and
     :class:`torch.distributions.Categorical`, whose entropy it is.
     """
-    _check(logits, target)
-    backend = _served(logits, target)
+    check(logits, target)
+    backend = backend_of("log_prob_and_entropy", (logits, target), logits.numel())
     if backend is None:
-        if target.is_cpu and not is_compiling() and not is_foreign((logits, target)):
-            classes = logits.shape[-1]
-            if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < classes:
-                raise out_of_bounds(target, classes, None)
+        check_range(target, logits)
         return plain(logits, target)
     x = logits.reshape(target.numel(), logits.shape[-1])
     if x.stride(1) != 1:
@@ -158,8 +172,9 @@ def log_prob_and_entropy(logits: Tensor, target: Tensor) -> LogProbAndEntropy:
 
 
 def _decide(logits: Tensor, target: Tensor) -> Decision:
-    _check(logits, target)
-    return dispatch.choose(_analyse(logits, target).request)
+    check(logits, target)
+    call = _analyse("log_prob_and_entropy", (logits, target), logits.numel())
+    return dispatch.choose(call.request)
 
 
 log_prob_and_entropy.decide = _decide  # type: ignore[attr-defined]

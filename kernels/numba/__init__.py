@@ -20,8 +20,8 @@ from .outcomes import gradient, outcomes
 from .pieces import Pieces
 
 __all__ = [
-    "backward", "clamp_all", "empty_cache", "forward", "gradient", "number_of", "outcomes",
-    "scale_all", "step_launcher", "total_norm",
+    "Pieces", "backward", "clamp_all", "empty_cache", "forward", "gradient", "number_of",
+    "outcomes", "scale_all", "step_launcher", "total_norm",
 ]  # fmt: skip
 
 _loops = Loops(flat, rows, cross_entropy, gather, Linear(Pieces))
