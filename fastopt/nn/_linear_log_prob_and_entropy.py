@@ -23,30 +23,33 @@ class _Outcomes(torch.autograd.Function):
     """Of the rows of a layer, by a compiled backend. Only their sums are kept for backward."""
 
     @staticmethod
-    def forward(ctx: Any, backend: Any, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        *found, kept = OutcomesOfLayer(backend, *tensors).forward()
+    def forward(
+        ctx: Any, backend: Any, x: Tensor, w: Tensor, target: Tensor, b: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        *found, kept = OutcomesOfLayer(backend, x, w, target, b).forward()
         ctx.backend = backend
-        ctx.save_for_backward(*tensors, kept)
+        # Who reads saved_tensors finds no None.
+        ctx.save_for_backward(x, w, target, kept, *([] if b is None else [b]))
         ctx.mark_non_differentiable(found[-1])
         return tuple(found)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        *tensors, kept = ctx.saved_tensors
-        x, w, target, b = tensors
+        x, w, target, kept, *bias = ctx.saved_tensors
+        b = bias[0] if bias else None
         grads, needs = grad_outputs[:3], ctx.needs_input_grad[1:]
-        for t in tensors:
-            if t is not None and is_released(t):
+        for t in (x, w, target, *bias):
+            if is_released(t):
                 raise released_error("a tensor that outcomes have been computed from", t)
         if torch.is_grad_enabled() or is_foreign(grads):  # create_graph and the like
             create = torch.is_grad_enabled()
             with torch.enable_grad():
-                again = [None if t is None else t.view_as(t) for t in (x, w, b)]
-                found = plain(_linear(again[0], again[1], again[2]), target)[:3]
-            wanted = [t for t, k in zip(again, (0, 1, 3), strict=True) if needs[k]]
+                again: list[Any] = [t.view_as(t) for t in (x, w, *bias)]
+                found = plain(_linear(*again), target)[:3]
+            wanted = [t for t, k in zip(again, (0, 1, 3), strict=False) if needs[k]]
             given = iter(torch.autograd.grad(found, wanted, grads, create_graph=create))
             return None, *[next(given) if need else None for need in needs]
-        layer = OutcomesOfLayer(ctx.backend, *tensors)
+        layer = OutcomesOfLayer(ctx.backend, x, w, target, b)
         return None, *layer.backward(kept, torch.stack(grads), needs)
 
 
