@@ -15,14 +15,13 @@ from ._linear_log_prob_and_entropy import linear_log_prob_and_entropy
 from ._log_prob_and_entropy import log_prob_and_entropy
 from ._operations import FUNCTIONS
 
+#: What torch has no name for.
+BEYOND = {
+    "linear_log_prob_and_entropy": linear_log_prob_and_entropy,
+    "log_prob_and_entropy": log_prob_and_entropy,
+}
+
 if TYPE_CHECKING:  # to type checkers all of it is torch's, typos included
     from torch.nn.functional import *  # noqa: F403
 else:
-    __all__, __getattr__, __dir__ = _names(
-        _torchs,
-        {
-            **FUNCTIONS,
-            "linear_log_prob_and_entropy": linear_log_prob_and_entropy,
-            "log_prob_and_entropy": log_prob_and_entropy,
-        },
-    )
+    __all__, __getattr__, __dir__ = _names(_torchs, {**FUNCTIONS, **BEYOND})
