@@ -20,8 +20,10 @@ DEV := $(VENV)/.dev
 # where others look for the package `kernels` (transformers does).
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses auto --dist loadfile
 KERNEL_TESTS := $(addprefix tests/test_,losses.py extremes.py loss_contract.py loss_properties.py \
-	opinfo.py moduleinfo.py sizes.py fuzz.py fuzz_optimizers.py optimizers.py optimizer_contract.py \
-	optim_db.py optim_gradients.py averages.py averages_in_step.py clip.py clipped_step.py lion.py muon.py traps.py triton.py rows.py nll.py vocabulary.py)
+	opinfo.py moduleinfo.py linear_cross_entropy.py log_prob_and_entropy.py sizes.py fuzz.py \
+	fuzz_optimizers.py optimizers.py optimizer_contract.py optim_db.py optim_gradients.py \
+	averages.py averages_in_step.py clip.py clipped_step.py lion.py muon.py traps.py triton.py \
+	rows.py nll.py vocabulary.py)
 
 .PHONY: demo test clients versions archives fuzz gpu-check bench docs lint clean
 

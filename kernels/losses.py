@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from .operation import Elementwise, Gather, Options, Rowwise
+from .linear import Linear
+from .operation import Elementwise, Gather, LinearSoftmax, Options, Rowwise
 
 __all__ = ["Loops", "Tensors"]
 
@@ -15,20 +16,23 @@ Tensors = tuple[torch.Tensor | None, ...]
 
 
 class Loops(NamedTuple):
-    """A backend's loops, each a module with `forward` and `backward` as below."""
+    """A backend's loops, each with `forward` and `backward` as below."""
 
     flat: ModuleType
     rows: ModuleType
     softmax: ModuleType
     gather: ModuleType
+    linear: Linear
 
-    def of(self, options: Options) -> ModuleType:
+    def of(self, options: Options) -> ModuleType | Linear:
         """The one that serves a loss."""
         record = options.record
         if isinstance(record, Elementwise):
             return self.flat
         if isinstance(record, Rowwise):
             return self.rows
+        if isinstance(record, LinearSoftmax):
+            return self.linear
         return self.gather if isinstance(record, Gather) else self.softmax
 
     def forward(

@@ -15,7 +15,8 @@ import torch
 from typing_extensions import dataclass_transform  # of typing from Python 3.11 on
 
 __all__ = [
-    "Elementwise", "Gather", "Loss", "Operation", "Options", "Rowwise", "Softmax", "Update",
+    "Elementwise", "Gather", "LinearSoftmax", "Loss", "Operation", "Options", "Rowwise", "Softmax",
+    "Update",
 ]  # fmt: skip
 
 
@@ -35,6 +36,8 @@ class Operation:
         row_crossover: the same for rows of up to so many classes side by side, by the bytes of
             a number: pairs (classes, elements), in order.
         variants: keyword arguments of usual calls that are compiled apart from each other.
+        rescaled: whether gradients for one grad_output are sooner made those for another one than
+            computed.
     """
 
     numbers: ClassVar[tuple[str, ...]]
@@ -48,6 +51,7 @@ class Operation:
     crossover: ClassVar[int]
     row_crossover: ClassVar[Mapping[int, tuple[tuple[int, int], ...]]] = {}
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    rescaled: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         if cls.__dict__.get("_abstract"):
@@ -213,6 +217,17 @@ class Softmax(Operation):
 
     _abstract = True
     operands = ("input", "target", "weight")
+
+
+class LinearSoftmax(Operation):
+    """A loss of a softmax over the classes of a linear layer, the layer included.
+
+    Its record has what the same loss of logits has.
+    """
+
+    _abstract = True
+    operands = ("input", "linear_weight", "target", "linear_bias", "weight")
+    rescaled = True
 
 
 class Gather(Operation):

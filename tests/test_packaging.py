@@ -44,11 +44,12 @@ TWINS: list[tuple[type, type]] = [
     (getattr(ours, name), getattr(theirs, name))
     for ours, theirs in ((fastopt.nn, torch.nn), (fastopt.optim, torch.optim))
     for name in sorted(NAMES[ours] - {"functional"})
-    if hasattr(theirs, name)
+    if hasattr(theirs, name)  # it may be older
 ] + [(fastopt.optim.swa_utils.AveragedModel, torch.optim.swa_utils.AveragedModel)]
 FUNCTIONS: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
     (getattr(fastopt.nn.functional, name), getattr(torch.nn.functional, name))
     for name in sorted(NAMES[fastopt.nn.functional])
+    if hasattr(torch.nn.functional, name)
 ]
 
 

@@ -25,17 +25,12 @@ import fastopt.nn.functional as ours
 FUNCTIONS = {
     "multilabel_margin_loss": "pairs of each target class",
     "ctc_loss": "a recurrence over time",
-    "linear_cross_entropy": "a linear layer together with its loss",
 }
 MODULES = {
     "MultiLabelMarginLoss": "pairs of each target class",
     "CTCLoss": "a recurrence over time",
     "AdaptiveLogSoftmaxWithLoss": "clusters of classes",
-    "LinearCrossEntropyLoss": "a linear layer together with its loss",
 }
-HAS_LINEAR = hasattr(theirs, "linear_cross_entropy")
-if not HAS_LINEAR:
-    del FUNCTIONS["linear_cross_entropy"], MODULES["LinearCrossEntropyLoss"]
 OPERATORS = {op.name.rpartition(".")[2]: op for op in op_db}
 INFOS = {info.module_cls.__name__: info for info in module_db}
 DTYPES = (torch.float32, torch.float64)
@@ -45,7 +40,7 @@ DTYPES = (torch.float32, torch.float64)
 def fixed_seed() -> Iterator[None]:
     torch.manual_seed(7)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of options in pieces, by torch
+        warnings.simplefilter("ignore")
         yield
 
 
@@ -116,8 +111,6 @@ ERRORS: dict[str, Callable[[Any], object]] = {
     "multilabel_margin_loss": lambda f: f(SCORES, torch.zeros(2, 4).long()),
     "multilabel_margin_loss-class": lambda f: f(SCORES, ZEROS + 3),
     "multilabel_margin_loss-integers": lambda f: f(ZEROS, ZEROS),
-    "linear_cross_entropy": lambda f: f(SCORES, torch.randn(4, 5), ZEROS[:, 0]),
-    "linear_cross_entropy-target": lambda f: f(SCORES, torch.randn(4, 3), ZEROS[:, 0] + 4),
 }
 
 
@@ -149,9 +142,8 @@ def module_cases(name: str, dtype: torch.dtype) -> Iterator[tuple[Any, Any, tupl
             yield *pair, sample.forward_input.args
         return
     x, y = torch.randn(6, 8, dtype=dtype, requires_grad=True), torch.randint(20, (6,))
-    rest = {"AdaptiveLogSoftmaxWithLoss": ([5, 10],), "LinearCrossEntropyLoss": ()}[name]
     for sample in ((x, y), (x[0], y[0])):
-        pair = (made(name, nn, 8, 20, *rest, dtype=dtype) for nn in (fastopt.nn, torch.nn))
+        pair = (made(name, nn, 8, 20, [5, 10], dtype=dtype) for nn in (fastopt.nn, torch.nn))
         yield *pair, sample
 
 
@@ -192,19 +184,12 @@ def test_errors_of_modules(name: str) -> None:
                 module(*i.forward_input.args)
 
 
-LAYERS = [
-    name for name in ("AdaptiveLogSoftmaxWithLoss", "LinearCrossEntropyLoss") if name in MODULES
-]
-EACH_LAYER = pytest.mark.parametrize("name", LAYERS)
+def layer() -> Any:
+    return made("AdaptiveLogSoftmaxWithLoss", fastopt.nn, 8, 20, [5, 10])
 
 
-def layer(name: str) -> Any:
-    return made(name, fastopt.nn, 8, 20, *([[5, 10]] if name.startswith("Adaptive") else []))
-
-
-@EACH_LAYER
-def test_bad_input_of_layers_raises_torchs_error(name: str) -> None:
-    module, x = layer(name), torch.randn(6, 8)
+def test_bad_input_of_layers_raises_torchs_error() -> None:
+    module, x = layer(), torch.randn(6, 8)
     for backend, (args, words) in itertools.product(
         ("reference", BACKEND),
         [((x, torch.full((6,), 20)), "20"), ((x[:, :3], torch.zeros(6).long()), "")],
@@ -215,14 +200,12 @@ def test_bad_input_of_layers_raises_torchs_error(name: str) -> None:
         fastopt.explain(module, [1.0], x)
 
 
-@EACH_LAYER
-def test_layers_by_keywords_convert_and_trace(name: str) -> None:
+def test_layers_by_keywords_convert_and_trace() -> None:
     """What people do with torch's: keywords, fastopt.convert there and back, torch.fx."""
-    module, x, y = layer(name), torch.randn(6, 8), torch.randint(20, (6,))
+    module, x, y = layer(), torch.randn(6, 8), torch.randint(20, (6,))
     expected = module(x, y)
-    names = ("input_", "target_") if name.startswith("Adaptive") else ("input", "target")
-    assert_close(module(**dict(zip(names, (x, y), strict=True))), expected)
-    (decision,) = fastopt.explain(module, **dict(zip(names, (x, y), strict=True)))
+    assert_close(module(input_=x, target_=y), expected)
+    (decision,) = fastopt.explain(module, input_=x, target_=y)
     assert decision.request.numel == x.numel()
 
     class Model(torch.nn.Module):
@@ -237,6 +220,6 @@ def test_layers_by_keywords_convert_and_trace(name: str) -> None:
     assert_close(torch.fx.symbolic_trace(model)(x, y), expected)
     for to, nn in (("torch", torch.nn), ("fastopt", fastopt.nn)):
         fastopt.convert(model, to=to)
-        assert type(model.loss) is getattr(nn, name)
+        assert type(model.loss) is nn.AdaptiveLogSoftmaxWithLoss
         assert_close(model(x, y), expected)
     assert_close(torch.compile(model, backend="eager")(x, y), expected)

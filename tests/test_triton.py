@@ -198,12 +198,12 @@ def test_target_out_of_range_without_an_assert(bad: int) -> None:
     from fastopt.kernels.triton import cross_entropy
 
     x, t = torch.randn(3, 10), torch.tensor([1, bad, 2])
-    call = cross_entropy._prepare(
+    call = cross_entropy.prepare(
         Options(CrossEntropy(), "none", torch.float32), (x, t.clamp(0, 9), None)
     )._replace(target=t)
     losses = torch.zeros(3)
     cut = tiling(call.axis, 4, H100)
-    cross_entropy._run(call, cut, None, False, losses=losses)
+    cross_entropy.run(call, cut, None, False, losses=losses)
     assert losses.isnan().tolist() == [False, True, False]
 
 

@@ -38,6 +38,16 @@ class Expected:
         self.number: float | None = 1.0
         self._last, self._run, self._needed = 1.0, 0, 1
 
+    def number_for(self, options: Options, tensors: Tensors) -> float | None:
+        """What a call's forward pass is to compute gradients for, None if it isn't to.
+
+        Where they are sooner scaled than computed, and lose nothing, they are always computed.
+        """
+        if self.number is None and options.record.rescaled:
+            halves = any(t is not None and t.itemsize == 2 for t in tensors)
+            return None if halves else 1.0
+        return self.number
+
     def note(self, number: float) -> None:
         """Learn from one backward pass."""
         if number == self._last:
@@ -56,7 +66,7 @@ def evaluate(backend: Any, options: Options, expected: Expected, tensors: Tensor
     """The loss by a compiled backend."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         # Hooks on saved tensors are there to save memory, and gradients would pass them by.
-        number = None if _saved_tensors_are_hooked() else expected.number
+        number = None if _saved_tensors_are_hooked() else expected.number_for(options, tensors)
         if number != 1:
             options = options._replace(grad_output=number)
         result: Tensor = _FusedLoss.apply(backend, options, expected, *tensors)  # type: ignore[no-untyped-call]

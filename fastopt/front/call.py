@@ -37,22 +37,26 @@ def loss(
     operation: type[Operation],
     native: Callable[..., Tensor] | None = None,
     analysis: Callable[[str, dict[str, Any]], Call | None] | None = None,
+    torchs: Callable[..., Tensor] | None = None,
 ) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
     """Decorator: a public function (its body is its docstring) that computes an operation.
 
-    Its name and arguments are those of torch's function, which is looked up now, once.
+    Its name and arguments are those of torch's function, which is looked up now, once, unless it
+    is given.
 
     Args:
         operation: the class of its records.
         native: torch's function by a shorter way, for calls that need not be looked at.
         analysis: of a call's function and arguments, where that of an elementwise loss won't do.
+        torchs: torch's function, where torch may lack it or some of its arguments.
     """
+    given = torchs
     kind: Any = operation
     analysis = analysis or functools.partial(analyse, kind)
 
     def decorate(documented: Callable[P, Tensor]) -> Callable[P, Tensor]:
         name = documented.__name__
-        torchs: Callable[..., Tensor] = getattr(F, name)
+        torchs: Callable[..., Tensor] = getattr(F, name) if given is None else given
         if "twin" not in vars(operation):  # a second function of the same operation is another one
             operation.twin = torchs
         signature = inspect.signature(documented, eval_str=True)
@@ -124,7 +128,7 @@ def loss(
 
         function.decide = decide  # type: ignore[attr-defined]
         # torch.jit.script would compile the body, a docstring
-        function.__prepare_scriptable__ = lambda: torchs  # type: ignore[attr-defined]
+        function.__prepare_scriptable__ = lambda: getattr(F, name, torchs)  # type: ignore[attr-defined]
         function.__signature__ = signature  # type: ignore[attr-defined]
         return function
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..kernels.operation import Elementwise, Gather, Operation, Rowwise, Softmax
+from ..kernels.operation import Elementwise, Gather, LinearSoftmax, Operation, Rowwise, Softmax
 
 __all__ = ["operands", "usual"]
 
@@ -41,7 +41,7 @@ def usual(operation: type[Operation], size: int, dtype: torch.dtype) -> Iterator
             t.requires_grad_(name != "target")
         yield found
         return
-    if not issubclass(operation, Rowwise | Softmax | Gather):
+    if not issubclass(operation, Rowwise | Softmax | Gather | LinearSoftmax):
         raise NotImplementedError(f"no samples of {operation.__name__}")
     for classes in (128, 8):  # of a softmax rows that are walked as they are, and ones turned
         rows = size // classes
@@ -53,6 +53,11 @@ def usual(operation: type[Operation], size: int, dtype: torch.dtype) -> Iterator
                 found[name] = _DRAW[operation.domains.get(name, "")](shape).to(dtype)
                 found[name].requires_grad_(name in operation.columns and name != "target")
             yield {**found, **({operation.label: labels} if operation.label else {})}
+        elif issubclass(operation, LinearSoftmax):
+            x, w = torch.randn(rows, 8).to(dtype), torch.randn(classes, 8).to(dtype)
+            yield {
+                "input": x.requires_grad_(), "linear_weight": w.requires_grad_(), "target": labels
+            }  # fmt: skip
         else:
             logits = torch.randn(rows, classes).to(dtype)
             yield {"input": logits.requires_grad_(), "target": labels}

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..front.analysis import Call, prepare
 from ..front.call import REDUCTIONS, LossModule, loss
 from ..front.circumstances import autocasts
-from ..kernels.layout import class_axis
+from ..kernels.layout import ClassAxis, class_axis
 from ..kernels.operation import Softmax
 from ..kernels.reference import out_of_bounds
 
@@ -46,20 +46,44 @@ class CrossEntropy(Softmax):
 def _analyse(function: str, arguments: dict[str, Any]) -> Call | None:
     input, target, weight = (arguments[name] for name in CrossEntropy.operands)
     size_average, reduce = arguments["size_average"], arguments["reduce"]
-    ignore_index, label_smoothing = arguments["ignore_index"], arguments["label_smoothing"]
     if not all(isinstance(t, Tensor) for t in (input, target) + (weight,) * (weight is not None)):
         return None
     special = []
+    if size_average is not None or reduce is not None:
+        special.append("the deprecated size_average or reduce")
+    options = options_of(arguments["ignore_index"], arguments["label_smoothing"], special)
+    axis = add_specials(special, input, target, weight, options[0], options[1], input.device)
+    row = axis.classes if axis is not None and axis.class_stride == 1 else 0
+    return prepare(
+        function, CrossEntropy(*options), tuple(REDUCTIONS), arguments["reduction"], input.dtype,
+        (input, target, weight), special, row, 0 if axis is None else axis.classes,
+        None if target.is_floating_point() else 1,
+    )  # fmt: skip
+
+
+def options_of(ignore_index: Any, label_smoothing: Any, special: list[str]) -> tuple[Any, Any]:
+    """As numbers of Python's; what is none that a kernel takes goes into `special`."""
     if isinstance(label_smoothing, np.number):
         label_smoothing = label_smoothing.item()
     if isinstance(ignore_index, np.integer):
         ignore_index = ignore_index.item()
-    if size_average is not None or reduce is not None:
-        special.append("the deprecated size_average or reduce")
     if type(label_smoothing) not in (float, int) or not 0.0 <= label_smoothing <= 1.0:
         special.append(f"{label_smoothing=}")
     if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
         special.append(f"{ignore_index=}")
+    return ignore_index, label_smoothing
+
+
+def add_specials(
+    special: list[str],
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: Any,
+    label_smoothing: Any,
+    device: torch.device,
+) -> ClassAxis | None:
+    """Note what the kernels don't take of logits and their targets; how the logits' classes lie."""
     strided = input.layout is target.layout is torch.strided
     axis = class_axis(input) if input.dim() and strided else None
     if axis is None or axis.classes == 0:
@@ -76,17 +100,11 @@ def _analyse(function: str, arguments: dict[str, Any]) -> Call | None:
             special.append("uint8 targets with weights and label smoothing, which torch refuses")
         if axis is None or weight.shape != (axis.classes,):
             special.append(f"a weight of size {tuple(weight.shape)}")
-        elif weight.dtype != input.dtype and not autocasts(input.device):
+        elif weight.dtype != input.dtype and not autocasts(device):
             special.append(f"a weight of dtype {weight.dtype} for an input of {input.dtype}")
         if weight.requires_grad:
             special.append("a gradient to the weight")
-    record = CrossEntropy(ignore_index, label_smoothing)
-    row = axis.classes if axis is not None and axis.class_stride == 1 else 0
-    return prepare(
-        function, record, tuple(REDUCTIONS), arguments["reduction"], input.dtype,
-        (input, target, weight), special, row, 0 if axis is None else axis.classes,
-        None if target.is_floating_point() else 1,
-    )  # fmt: skip
+    return axis
 
 
 def _probability_specials(input: Tensor, target: Tensor, ignore_index: int) -> list[str]:

@@ -1,28 +1,31 @@
 """The CPU backend: Numba kernels, one parallel region a call.
 
 Importing this module imports numba. A backend offers `forward` and `backward` (described in
-kernels/losses.py) and `number_of` for losses, `step_launcher` and `factored_launcher` for
-optimizers, `total_norm`, `scale_all` and `clamp_all` for gradients (described in
-fastopt.nn.utils.clip_grad), `empty_cache`.
+kernels/losses.py) and `number_of` for losses, `outcomes` and `gradient` for rows of logits
+(kernels/outcomes.py), `step_launcher` and `factored_launcher` for optimizers, `total_norm`,
+`scale_all` and `clamp_all` for gradients (described in fastopt.nn.utils.clip_grad), `empty_cache`.
 """
 
 from __future__ import annotations
 
 import torch
 
+from ..linear import Linear
 from ..losses import Loops
 from . import cross_entropy, flat, gather, rows
 from .factored import launcher as factored_launcher
 from .memory import empty_cache
 from .multi_tensor import launcher as step_launcher
 from .norm import clamp_all, scale_all, total_norm
+from .outcomes import gradient, outcomes
+from .pieces import Pieces
 
 __all__ = [
-    "backward", "clamp_all", "empty_cache", "factored_launcher", "forward", "number_of",
-    "scale_all", "step_launcher", "total_norm",
+    "Pieces", "backward", "clamp_all", "empty_cache", "factored_launcher", "forward", "gradient",
+    "number_of", "outcomes", "scale_all", "step_launcher", "total_norm",
 ]  # fmt: skip
 
-_loops = Loops(flat, rows, cross_entropy, gather)
+_loops = Loops(flat, rows, cross_entropy, gather, Linear(Pieces))
 forward, backward = _loops.forward, _loops.backward
 
 

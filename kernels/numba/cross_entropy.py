@@ -62,7 +62,7 @@ class _Call(NamedTuple):
     denominator: float
 
 
-def _prepare(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> _Call:
+def prepare(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> _Call:
     """Raises IndexError for a class index out of range."""
     input, target, weight = tensors
     assert input is not None
@@ -91,11 +91,7 @@ def _prepare(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> _Cal
             denominator = axis.outer * axis.inner
         return _Call(input, axis, None, target, weight, smooth, 0.0, -1, denominator)
     target = target.contiguous()
-    check = _target_check(target.dtype, None if weight is None else weight.dtype)
-    addresses = (target.data_ptr(), None if weight is None else weight.data_ptr())
-    in_range, used = check(*addresses, ignore_index, axis.classes, axis.outer * axis.inner)
-    if not in_range:
-        raise out_of_bounds(target, axis.classes, ignore_index)
+    used = used_weight(target, weight, ignore_index, axis.classes)
     if options.reduction == "mean":
         denominator = used
     hard = 1.0 - smoothing
@@ -106,6 +102,23 @@ def _axis(tensor: torch.Tensor) -> ClassAxis:
     axis = class_axis(tensor)
     assert axis is not None, "dispatch admits only layouts that can be walked"
     return axis
+
+
+def used_weight(
+    target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int, classes: int
+) -> float:
+    """The summed weight of the class indices that count, both tensors contiguous.
+
+    Raises:
+        IndexError: one of them is out of range.
+    """
+    check = _target_check(target.dtype, None if weight is None else weight.dtype)
+    addresses = (target.data_ptr(), None if weight is None else weight.data_ptr())
+    in_range, used = check(*addresses, ignore_index, classes, target.numel())
+    if not in_range:
+        raise out_of_bounds(target, classes, ignore_index)
+    number: float = used
+    return number
 
 
 @functools.cache
@@ -119,17 +132,19 @@ def _target_check(target: torch.dtype, weight: torch.dtype | None) -> Any:
 
 
 @functools.cache
-def _launcher(loop: Any, *dtypes: torch.dtype | None) -> Launcher:
-    """dtypes: of the tensors in the order of `_run`."""
+def _launcher(loop: Any, over: bool, *dtypes: torch.dtype | None) -> Launcher:
+    """over: whether the gradient is written over the logits; dtypes: in the order of `run`."""
     compute = "float64" if dtypes[0] == torch.float64 else "float32"
     widths = [compute] * 5 + ["float64", compute, compute, "float64", "float64"]
     slots = [optional_pointer(d, k, w) for k, (d, w) in enumerate(zip(dtypes, widths, strict=True))]
+    if over:
+        slots[6] = slots[0]
     slots.append(pointer("int64", 20))  # whether a class index was bad
     scratch = [pointer(compute, k, compute) for k in range(10, 15)]
     scratch += [pointer("float64", k, "float64") for k in range(15, 20)]
     double, number = types.float64, getattr(types, compute)
     if loop is not softmax_tiles:
-        exps = types.none if _in_place(dtypes[0], dtypes[6]) else scratch[1]
+        exps = types.none if not over and _in_place(dtypes[0], dtypes[6]) else scratch[1]
         lines = scratch[5:8] if loop is softmax_rows else scratch[5:9]
         last = (double, double, number, *[types.intp] * 8)
         return Launcher(loop, *slots, double, scratch[0], exps, *lines, *last)
@@ -143,7 +158,7 @@ def _in_place(input: torch.dtype | None, grad: torch.dtype | None) -> bool:
     return grad is None or (grad == input and grad.itemsize > 2)
 
 
-def _run(
+def run(
     call: _Call,
     losses: torch.Tensor | None,
     grad: torch.Tensor | None,
@@ -154,9 +169,9 @@ def _run(
 ) -> None:
     """Compute the positions' losses, or their sum, and the gradients, each if wanted.
 
-    t_grad is that of the probabilities. A gradient is scale * upstream[position] times the
-    derivative of a position's loss, or scale times it without upstream; loss is the sum of the
-    losses over the denominator.
+    grad may be the logits themselves; t_grad is that of the probabilities. A gradient is scale *
+    upstream[position] times the derivative of a position's loss, or scale times it without
+    upstream; loss is the sum of the losses over the denominator.
 
     Raises:
         IndexError: a class index was out of range when it was used.
@@ -170,6 +185,7 @@ def _run(
     )  # fmt: skip
     dtypes = [None if t is None else t.dtype for t in tensors]
     addresses = [None if t is None else t.data_ptr() for t in tensors]
+    over = grad is call.input
     ends = 0 if loss is None else 8 * apart.py_func(rows)
     if loss is not None:  # the positions' losses are only on the way to it
         dtypes[5] = torch.float64
@@ -185,7 +201,8 @@ def _run(
         loop, lines, each, copies = softmax_rows, 3, parts * GROUP, parts
         if shared:
             loop, lines, each, copies = softmax_long, 4, pieces, rows
-        in_place = _in_place(dtypes[0], dtypes[6])
+        # Logits that the gradient is written over have to be there until all of a row are read.
+        in_place = not over and _in_place(dtypes[0], dtypes[6])
         blocks, row = (apart.py_func(n) for n in (-(-x.classes // BLOCK), x.classes))
         kept = copies * (blocks + (not in_place) * row) * size
         bad, held = memory.scratch(LINE + ends + 8 * lines * each + kept)
@@ -194,7 +211,7 @@ def _run(
         sums = range(start + ends, start + ends + 8 * lines * each, 8 * each)
         shifts = start + ends + 8 * lines * each
         exps = None if in_place else shifts + copies * blocks * size
-        good = _launcher(loop, *dtypes)(
+        good = _launcher(loop, over, *dtypes)(
             parts, *addresses, bad, divisor, shifts, exps, *sums, call.hard, scale, 0.0,
             call.ignore_index, x.classes, x.inner, rows, x.outer_stride, x.inner_stride,
             t.outer_stride, t.inner_stride,
@@ -216,7 +233,7 @@ def _run(
     mass = 0.0 if call.smooth is None else float(call.smooth.sum(dtype=torch.float64))
     g = dense_axis(x)
     del addresses[7], addresses[2]
-    good = _launcher(softmax_tiles, *dtypes)(
+    good = _launcher(softmax_tiles, over, *dtypes)(
         parts, *addresses, bad, divisor, start, *columns, call.hard, mass, scale, 0.0,
         call.ignore_index, x.classes, x.inner, rows, x.outer_stride, x.inner_stride,
         x.class_stride, g.outer_stride, g.inner_stride, g.class_stride, width, pitch,
@@ -255,21 +272,21 @@ def forward(
     options: Options, tensors: tuple[torch.Tensor | None, ...], needs: tuple[bool, ...]
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...] | None, tuple[()]]:
     """The loss, and its gradients for the grad_output expected; None if there is none."""
-    call = _prepare(options, tensors)
+    call = prepare(options, tensors)
     if options.reduction == "none":
         shape = call.input.shape[:1] + call.input.shape[2:] if call.input.dim() > 1 else ()
         losses = memory.empty(tuple(shape), options.dtype)
-        _run(call, losses, None, None, None, 1.0)
+        run(call, losses, None, None, None, 1.0)
         return losses, None, ()
     loss = torch.empty((), dtype=options.dtype, device="cpu")
     expected = options.grad_output
     if expected is None or not any(needs):
-        _run(call, None, None, None, loss, 0.0)
+        run(call, None, None, None, loss, 0.0)
         return loss, None, ()
     grad, t_grad = grads = [
         _empty_gradient(call.input, call.axis) if need else None for need in needs[:2]
     ]
-    _run(call, None, grad, None, loss, expected * _inverse(call.denominator), t_grad)
+    run(call, None, grad, None, loss, expected * inverse(call.denominator), t_grad)
     return loss, (*grads, None), ()
 
 
@@ -282,18 +299,18 @@ def backward(
     needs: tuple[bool, ...],
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients for any grad_output, computed anew from the inputs."""
-    call = _prepare(options, tensors)
+    call = prepare(options, tensors)
     grad, t_grad, _ = grads or [
         _empty_gradient(call.input, call.axis) if need else None for need in needs
     ]
     if options.reduction == "none":
-        _run(call, None, grad, grad_output.contiguous(), None, 1.0, t_grad)
+        run(call, None, grad, grad_output.contiguous(), None, 1.0, t_grad)
     else:
-        scale = grad_output.item() * _inverse(call.denominator)
-        _run(call, None, grad, None, None, scale, t_grad)
+        scale = grad_output.item() * inverse(call.denominator)
+        run(call, None, grad, None, None, scale, t_grad)
     return grad, t_grad, None
 
 
-def _inverse(denominator: float) -> float:
+def inverse(denominator: float) -> float:
     """1 / denominator, NaN for 0."""
     return 1.0 / denominator if denominator else math.nan

@@ -135,7 +135,7 @@ def softmax_long(
     zero: Any, ignore_index: int, classes: int, inner: int, rows: int, x_outer: int, x_inner: int,
     t_outer: int, t_inner: int,
 ) -> bool:  # fmt: skip
-    """Arguments: see cross_entropy._run. Whether all class indices were in range.
+    """Arguments: see cross_entropy.run. Whether all class indices were in range.
 
     Scratch memory: shifts, for every block; exps, for every class, or None if the gradient's own
     memory can hold them; tops, totals, masses and dots, for every segment.

@@ -286,7 +286,7 @@ def softmax_rows(
     plain: Any, masses: Any, totals: Any, hard: float, scale: float, zero: Any, ignore_index: int,
     classes: int, inner: int, rows: int, x_outer: int, x_inner: int, t_outer: int, t_inner: int,
 ) -> bool:  # fmt: skip
-    """Arguments: see cross_entropy._run. Whether all class indices were in range.
+    """Arguments: see cross_entropy.run. Whether all class indices were in range.
 
     Scratch memory: shifts, the number of its blocks a part, and exps, a row a part, or None if
     the gradient's own memory can hold them, both `apart`; plain, masses and totals, GROUP a part.

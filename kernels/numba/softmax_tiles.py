@@ -257,7 +257,7 @@ def softmax_tiles(
     classes: int, inner: int, rows: int, x_outer: int, x_inner: int, x_class: int, g_outer: int,
     g_inner: int, g_class: int, width: int, pitch: int,
 ) -> bool:  # fmt: skip
-    """Arguments: see cross_entropy._run. mass is the sum over `smooth`.
+    """Arguments: see cross_entropy.run. mass is the sum over `smooth`.
 
     Whether all class indices were in range. labels, tile, tops, sums, chosen, exps, totals, dots,
     shares, masses and smooths are scratch memory, `pitch` numbers a part (tile: a part and class),

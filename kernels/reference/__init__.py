@@ -49,14 +49,20 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def out_of_bounds(target: torch.Tensor, classes: int, ignore_index: int) -> IndexError:
-    """Torch's error for a class index out of range, and where it is and what would be right."""
-    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
+def out_of_bounds(target: torch.Tensor, classes: int, ignore_index: int | None) -> IndexError:
+    """Torch's error for a class index out of range, and where it is and what would be right.
+
+    ignore_index is None where none is.
+    """
+    bad = (target < 0) | (target >= classes)
+    if ignore_index is not None:
+        bad &= target != ignore_index
     found = bad.nonzero()
     if not len(found):  # another thread has put it right since
         return IndexError("A target was out of bounds, and is no longer")
     index = tuple(found[0].tolist())
     return IndexError(
         f"Target {target[index].item()} is out of bounds. It is target{list(index)}; allowed are "
-        f"0 to {classes - 1} ({classes} classes) and ignore_index={ignore_index}"
+        f"0 to {classes - 1} ({classes} classes)"
+        + ("" if ignore_index is None else f" and ignore_index={ignore_index}")
     )

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import torch
 
+from ..linear import Linear
 from ..losses import Loops, Tensors
 from ..operation import Options
 from . import cross_entropy, flat, gather, rows
 from .multi_tensor import describe_step
 from .multi_tensor import launcher as step_launcher
 from .norm import clamp_all, scale_all, total_norm
+from .outcomes import gradient, outcomes
+from .pieces import Pieces
 
 __all__ = [
-    "backward", "clamp_all", "describe", "describe_step", "empty_cache", "forward", "number_of",
-    "scale_all", "step_launcher", "total_norm",
+    "Pieces", "backward", "clamp_all", "describe", "describe_step", "empty_cache", "forward",
+    "gradient", "number_of", "outcomes", "scale_all", "step_launcher", "total_norm",
 ]  # fmt: skip
 
-_loops = Loops(flat, rows, cross_entropy, gather)
+_loops = Loops(flat, rows, cross_entropy, gather, Linear(Pieces))
 forward, backward = _loops.forward, _loops.backward
 
 

@@ -156,7 +156,7 @@ class Kept(NamedTuple):
     target_masses: torch.Tensor | None
 
 
-def _prepare(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> _Call:
+def prepare(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> _Call:
     input, target, weight = tensors
     assert input is not None
     assert target is not None
@@ -176,26 +176,33 @@ def _prepare(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> _Cal
         target = target.contiguous()
         if smoothing and weight is not None:
             weight_sum = weight.sum(dtype=compute_dtype(input.dtype))
-        if target.device.type == "cpu":  # in the interpreter nobody waits for a host's look
-            wrong = ((target < 0) | (target >= axis.classes)) & (target != ignore_index)
-            if wrong.any():
-                raise out_of_bounds(target, axis.classes, ignore_index)
+        check_on_host(target, axis.classes, ignore_index)
     return _Call(
         input, axis, target, probability, weight, weight_sum, 1.0 - smoothing,
         smoothing / axis.classes, ignore_index, options.reduction,
     )  # fmt: skip
 
 
-def _target_masses(call: _Call) -> torch.Tensor | None:
-    """Partial sums of the targets' weights, where the mean divides by them."""
-    if call.reduction != "mean" or call.target is None:
-        return None
-    programs = min(max(-(-call.positions // MASS_SPAN), 1), MASS_PROGRAMS)
-    masses = reduction.empty_partials(programs, call.input)
+def check_on_host(target: torch.Tensor, classes: int, ignore_index: int) -> None:
+    """In the interpreter, where nobody waits for a host's look: IndexError of bad ones."""
+    if target.device.type == "cpu":
+        wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
+        if wrong.any():
+            raise out_of_bounds(target, classes, ignore_index)
+
+
+def target_masses(
+    target: torch.Tensor, weight: torch.Tensor | None, like: torch.Tensor, classes: int,
+    ignore_index: int,
+) -> torch.Tensor:  # fmt: skip
+    """Partial sums of the class indices' weights, by which a mean divides; of `like`'s dtype."""
+    positions = target.numel()
+    programs = min(max(-(-positions // MASS_SPAN), 1), MASS_PROGRAMS)
+    masses = reduction.empty_partials(programs, like)
     launch(
-        target_mass, (programs,), call.input.device, 256, call.target, call.weight, masses,
-        call.positions, -(-call.positions // programs), call.axis.classes, call.ignore_index,
-        COMPUTE=TYPES[compute_dtype(call.input.dtype)], BLOCK=1024,
+        target_mass, (programs,), like.device, 256, target, weight, masses, positions,
+        -(-positions // programs), classes, ignore_index,
+        COMPUTE=TYPES[compute_dtype(like.dtype)], BLOCK=1024,
     )  # fmt: skip
     return masses
 
@@ -264,7 +271,7 @@ def _split_statistics(call: _Call, cut: Tiling) -> Kept:
     return Kept(tops, totals, masses, None)
 
 
-def _run(
+def run(
     call: _Call,
     cut: Tiling,
     kept: Kept | None,
@@ -277,14 +284,13 @@ def _run(
     t_grad: torch.Tensor | None = None,
 ) -> None:
     """Launch the kernel over all positions; see there."""
-    tops, totals, masses, target_masses = kept or (None,) * 4
+    tops, totals, masses, divisors = kept or (None,) * 4
     lines = tops.numel() // max(call.positions, 1) if given and tops is not None else 1
     g = dense_axis(call.axis)
     launch(
         softmax_rows, (-(-call.positions // cut.rows), cut.splits), call.input.device,
         cut.threads, call.input, call.target, call.probability, call.weight, call.weight_sum,
-        tops, totals, masses, lines, target_masses,
-        0 if target_masses is None else target_masses.numel(),
+        tops, totals, masses, lines, divisors, 0 if divisors is None else divisors.numel(),
         call.positions if call.reduction == "mean" else None, grad_output, losses, partials, grad,
         t_grad, call.positions, cut.span, call.ignore_index, call.axis, _probability_axis(call), g,
         *_numbers(call), GIVEN=given, READY=ready,
@@ -298,16 +304,17 @@ def _empty_gradient(call: _Call) -> torch.Tensor:
     return view_along(flat, call.input.shape, call.axis)
 
 
-def _recomputes(options: Options, input: torch.Tensor) -> bool:
+def recomputes(options: Options, dtype: torch.dtype) -> bool:
+    """Whether gradients are left to the backward pass."""
     unknown = options.reduction == "none" or options.grad_output is None
-    return unknown or input.dtype == torch.float16
+    return unknown or dtype == torch.float16
 
 
 def forward(
     options: Options, tensors: tuple[torch.Tensor | None, ...], needs: tuple[bool, ...]
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...] | None, tuple[torch.Tensor | None, ...]]:
     """The loss, and its gradients for a grad_output of 1 or None."""
-    call = _prepare(options, tensors)
+    call = prepare(options, tensors)
     input, cut = call.input, call.cut()
     split = cut.splits > 1
     kept = None
@@ -315,28 +322,32 @@ def forward(
         kept = _split_statistics(call, cut)
     elif any(needs):
         tops, totals = (reduction.empty_partials(call.positions, input) for _ in range(2))
-        masses = None if call.probability is None else torch.empty_like(tops)
-        kept = Kept(tops, totals, masses, None)
-    target_masses = _target_masses(call)
+        soft = None if call.probability is None else torch.empty_like(tops)
+        kept = Kept(tops, totals, soft, None)
+    masses = None
+    if options.reduction == "mean" and call.target is not None:
+        masses = target_masses(
+            call.target, call.weight, input, call.axis.classes, call.ignore_index
+        )  # fmt: skip
     if kept is not None:
-        kept = kept._replace(target_masses=target_masses)
+        kept = kept._replace(target_masses=masses)
     grads: tuple[torch.Tensor | None, ...] | None = None
-    if any(needs) and not _recomputes(options, input):
+    if any(needs) and not recomputes(options, input.dtype):
         grads = tuple(_empty_gradient(call) if need else None for need in needs)
     shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()
     if options.reduction == "none":
         losses = input.new_empty(shape, dtype=options.dtype)
         lines = reduction.empty_partials(cut.splits * call.positions, input) if split else losses
-        _run(call, cut, kept, split, losses=lines)
+        run(call, cut, kept, split, losses=lines)
         if split:
             losses.copy_(lines.view(cut.splits, *shape).sum(0))
         return losses, None, kept or ()
     blocks = -(-call.positions // cut.rows) * cut.splits
     partials = reduction.empty_partials(blocks, input)
     grad, t_grad, _ = grads or (None,) * 3
-    _run(call, cut, kept, split, grad, partials=partials, t_grad=t_grad)
+    run(call, cut, kept, split, grad, partials=partials, t_grad=t_grad)
     divisor = call.positions if options.reduction == "mean" else None
-    loss = reduction.reduce(partials, options.dtype, target_masses, divisor)
+    loss = reduction.reduce(partials, options.dtype, masses, divisor)
     return loss, grads, kept or ()
 
 
@@ -349,10 +360,10 @@ def backward(
     needs: tuple[bool, ...],
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients for any grad_output; those for 1 stay as they are."""
-    call = _prepare(options, tensors)
+    call = prepare(options, tensors)
     cut = call.cut(twice=False)
     grad, t_grad, _ = grads or [_empty_gradient(call) if need else None for need in needs]
-    _run(
+    run(
         call, cut, Kept._make(kept), True, grad, grad_output=grad_output.contiguous(),
         ready=grads is not None, t_grad=t_grad,
     )  # fmt: skip
@@ -376,5 +387,5 @@ def describe(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> str:
         rows = f"{cut.rows} rows a program, read twice in tiles of {cut.columns} classes"
     else:
         rows = f"rows split over {cut.splits} programs of {cut.span} classes"
-    when = "recomputed in backward" if _recomputes(options, input) else "in the forward pass"
+    when = "recomputed in backward" if recomputes(options, input.dtype) else "in the forward pass"
     return f"softmax, {rows}, {cut.threads} threads; gradient {when}"

@@ -1,0 +1,63 @@
+"""What rows of logits say, and linear cross-entropy, compiled for GPUs without one."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from ahead import MACHINES, compiling
+
+import fastopt.nn.functional  # noqa: F401  (has the losses say what they are)
+from fastopt.front.call import RECORDS
+from fastopt.kernels import triton as backend
+from fastopt.kernels.operation import Options
+
+FLOAT, BFLOAT, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float16, torch.float64
+META = torch.device("meta")
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+@pytest.mark.parametrize("classes", [1000, 100_000])
+@pytest.mark.parametrize("dtype", [FLOAT, BFLOAT, HALF, DOUBLE], ids=str)
+@pytest.mark.parametrize("machine", MACHINES)
+def test_outcomes(machine: str, dtype: torch.dtype, classes: int) -> None:
+    """Nothing is spilled, and doubles are where they are asked for alone."""
+    x, target = empty(64, classes, dtype=dtype), empty(64, dtype=torch.int64)
+    with compiling(MACHINES[machine]) as codes:
+        found = backend.outcomes(x, target)
+        grads = empty(3, 64, dtype=found.entropy.dtype)
+        assert backend.gradient(x, target, found.kept, grads).dtype == dtype
+    assert [code.name for code in codes] == ["row_outcomes", "row_slopes"]
+    for code in codes:
+        assert code.resources["spills"] == code.resources["stack"] == 0, code
+        assert code.machine.holds(code.threads, code.resources["registers"]), code
+        doubles = any(re.search(r"[._]f64(_|\b)", i.text) for i in code.instructions)
+        assert doubles == (dtype == DOUBLE)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [FLOAT, BFLOAT], ids=str)
+@pytest.mark.parametrize("machine", MACHINES)
+def test_linear(machine: str, dtype: torch.dtype, reduction: str) -> None:
+    """A piece is read for its losses, and then again to be overwritten by its gradient."""
+    record = RECORDS["linear_cross_entropy"]()
+    tensors = (
+        empty(64, 32, dtype=dtype), empty(50_000, 32, dtype=dtype), empty(64, dtype=torch.int64),
+        None, None,
+    )  # fmt: skip
+    needs = (True, True, False, False, False)
+    options = Options(record, reduction, dtype)
+    with compiling(MACHINES[machine]) as codes:
+        loss, grads, kept = backend.forward(options, tensors, needs)
+        if grads is None:
+            grads = backend.backward(options, tensors, None, kept, loss, needs)
+    assert [g is not None for g in grads] == list(needs)
+    kernels = {code.name for code in codes}
+    assert kernels >= {"softmax_rows"}
+    assert ("finish" in kernels) == ("target_mass" in kernels) == (reduction == "mean")
+    for code in codes:
+        assert code.resources["spills"] == code.resources["stack"] == 0, code
