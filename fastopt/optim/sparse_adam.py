@@ -104,14 +104,16 @@ class SparseAdam(PlannedStep, torch.optim.SparseAdam):
         return [param]
 
     def _decisions(self) -> tuple[Decision, ...]:
-        found: dict[tuple[Any, ...], list[Tensor]] = {}
+        found: dict[tuple[tuple[torch.dtype, ...], tuple[str, ...]], list[Tensor]] = {}
         around = self._around()
         for group in self.param_groups:
             for param in group["params"]:
                 kind = _kind(param, self.state.get(param, {}))
                 special = (*around, *_specials(self, group, param))
                 found.setdefault((kind, special), []).append(param)
-        return tuple(self._decide(*key, params) for key, params in found.items())
+        return tuple(
+            self._decide(kind, special, params) for (kind, special), params in found.items()
+        )
 
     def _around(self) -> tuple[str, ...]:
         """Why torch's code has to update all parameters."""
@@ -141,7 +143,7 @@ class SparseAdam(PlannedStep, torch.optim.SparseAdam):
     ) -> None:  # fmt: skip
         around = self._around()
         served: dict[tuple[torch.dtype, ...], list[Member]] = {}
-        backends: dict[tuple[torch.dtype, ...], Any] = {}
+        backends: dict[tuple[torch.dtype, ...], str] = {}
         torchs: list[Tensor] = []
         for group in self.param_groups:
             for param in group["params"]:
@@ -161,8 +163,9 @@ class SparseAdam(PlannedStep, torch.optim.SparseAdam):
         if torchs:
             by_reference(torchs)
         for kind, members in served.items():
-            backend = dispatch.load(backends[kind])
-            launcher = backend.step_launcher(SparseAdamUpdate, kind[:3], (), kind[3], None)
+            launcher = dispatch.load(backends[kind]).step_launcher(
+                SparseAdamUpdate, kind[:3], (), kind[3], None
+            )
             self._update(members, launcher, grad_scale)
         average_after(self, found_inf)
 
@@ -170,7 +173,11 @@ class SparseAdam(PlannedStep, torch.optim.SparseAdam):
         self, members: list[Member], launcher: Callable[[Tables], Any], grad_scale: Tensor | None
     ) -> None:
         """Update the parameters of one kind."""
-        hypers, widths, row_of, addresses, held = [], [], [], [], []
+        hypers: list[tuple[Any, ...]] = []
+        widths: list[np.ndarray] = []
+        row_of: list[np.ndarray] = []
+        addresses: list[np.ndarray] = []
+        held: list[Tensor] = []
         for param, group, grad in members:
             state = self.state[param]
             if not state:

@@ -31,12 +31,12 @@ HEIGHT, WIDTH, TILE, MATRIX, ROW_SUMS, COLUMN_SUMS = range(6)
 
 
 @kernel
-def entry_of(shapes: Any, line: int, tensors: int, t: int) -> int:
+def entry_of(shapes: Any, line: int, tensors: int, t: int) -> Any:
     return load(shapes, line * (tensors + 1) + t)
 
 
 @kernel
-def first_tile(shapes: Any, offsets: Any, tensors: int, place: int) -> int:
+def first_tile(shapes: Any, offsets: Any, tensors: int, place: int) -> Any:
     """The tile with which the work begins whose elements begin about this place."""
     if place >= load(offsets, tensors):
         return entry_of(shapes, TILE, tensors, tensors)
@@ -92,14 +92,14 @@ def shapes_of(shapes: list[torch.Size]) -> tuple[np.ndarray, int]:
         height = shape[-2] if len(shape) > 1 else 1
         lines[[HEIGHT, WIDTH], t] = height, width
         matrices[t] = shape.numel() // (height * width)
-    height, width = lines[HEIGHT, :-1], lines[WIDTH, :-1]
-    down, across = -(-height // ROWS), -(-width // COLUMNS)
+    heights, widths = lines[HEIGHT, :-1], lines[WIDTH, :-1]
+    down, across = -(-heights // ROWS), -(-widths // COLUMNS)
     lines[TILE, 1:] = np.cumsum(matrices * down * across)
     begin = 2 * lines[TILE, -1]
     for line, sizes in (
         (MATRIX, matrices),
-        (ROW_SUMS, np.where(across > 1, matrices * height * across, 0)),
-        (COLUMN_SUMS, np.where(down > 1, matrices * down * width, 0)),
+        (ROW_SUMS, np.where(across > 1, matrices * heights * across, 0)),
+        (COLUMN_SUMS, np.where(down > 1, matrices * down * widths, 0)),
     ):
         lines[line, 0] = begin
         lines[line, 1:] = begin + np.cumsum(sizes)
