@@ -100,7 +100,7 @@ class PlainLion(Optimizer):
         return loss
 
 
-class Lion(PlannedStep, PlainLion):
+class Lion(PlannedStep, PlainLion):  # type: ignore[misc]  # whose step is overloaded
     r"""Lion: steps of one size, in the direction of a momentum's sign.
 
     With gradient g (negated if ``maximize``), per element:

@@ -133,9 +133,8 @@ def _schedule(
     numbers = np.array(record.values, np.float64)
     steps = np.array([step[:2] for step in place.steps], np.int64)
     fixed = tuple(step[2] == 0 for step in place.steps)
-    launch = _launcher(
-        type(record), record.settings, operands, fixed, grads, values, upstream, loss
-    )
+    kind: Any = type(record)
+    launch = _launcher(kind, record.settings, operands, fixed, grads, values, upstream, loss)
     group = max(1, CHUNK // max(place.inner, 1))
     chunks = place.first * place.second * -(-place.inner // CHUNK)
     addresses = numbers.ctypes.data, steps.ctypes.data
