@@ -67,7 +67,7 @@ def _defaults(twin: type[Optimizer]) -> tuple[dict[str, Any], tuple[tuple[str, i
     return defaults, numbers
 
 
-def option_names(twin: type[Optimizer]) -> Iterable[str]:
+def option_names(twin: Any) -> Iterable[str]:
     """The names of an optimizer's options in its groups."""
     return _defaults(twin)[0]
 
