@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,7 +67,7 @@ class PlainLion(Optimizer):
         super().__init__(params, defaults)
 
     @_use_grad_for_differentiable
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
+    def step(self, closure: Any = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
