@@ -342,7 +342,8 @@ def one_warning(folder: str, trouble: str) -> None:
         if trouble == "full":
             import resource
 
-            resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # no file may have one byte
+            most = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, most[1]))  # no file may have one byte
         elif trouble == "vanished":
             shutil.rmtree(place)
             place.write_text("no folder")
@@ -356,6 +357,8 @@ def one_warning(folder: str, trouble: str) -> None:
         mean_squared_error()
         with fastopt.use_backend("numba"):
             fastopt.nn.L1Loss()(torch.ones(3), torch.zeros(3))
+    if trouble == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
     found = [w for w in caught if "could not keep compiled code" in str(w.message)]
     assert len(found) == (trouble != "gone and made anew")
     if trouble == "gone and made anew":

@@ -32,6 +32,7 @@ from .pointer import load, store
 from .pointers import load_each_or_one, moved, store_products
 from .record import Values, read_record, value_and_slopes
 from .reduction import sum_all
+from .target import widest_vectors
 from .team import on_threads
 from .threads import Launcher, parts_for
 from .vector_math import cast
@@ -53,6 +54,7 @@ def chunk_sum(
     begin: int, end: int,
 ) -> float:  # fmt: skip
     """The sum of the values of the elements begin to end; the results' ones are `out` further."""
+    widest_vectors()
     total = cast(0, scale)
     for i in range(begin, end):
         found = value_and_slopes(record, *load_each_or_one(operands, i, scale))
@@ -72,6 +74,7 @@ def flat_part(
     part: int, parts: int, numbers: Any, operands: Any, steps: Any, values: Any, grads: Any,
     upstream: Any, sums: Any, scale: Any, first: int, second: int, inner: int, group: int,
 ) -> None:  # fmt: skip
+    widest_vectors()
     record = read_record(numbers, scale)
     each = (inner + CHUNK - 1) // CHUNK
     chunks = first * second * each

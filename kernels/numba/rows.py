@@ -24,6 +24,7 @@ from .pointer import load, store
 from .pointers import load_each_or_one, moved, store_products
 from .record import Values, finish, fold, read_record, slopes
 from .reduction import sum_all
+from .target import widest_vectors
 from .team import on_threads
 from .threads import Launcher, parts_for
 from .tuples import added, cast_each, zeros
@@ -41,6 +42,7 @@ def chunk_sums(
     record: Any, at_class: Any, of_row: Any, label: Any, like: Any, begin: int, end: int
 ) -> Any:
     """What the formula sums, over the classes begin to end of a row."""
+    widest_vectors()
     totals = zeros(record, like)
     for c in range(begin, end):
         numbers = load_each_or_one(at_class, c, like) + of_row + is_label(label, c)
@@ -54,6 +56,7 @@ def row_slopes(
     factor: Any, out: int, classes: int,
 ) -> None:  # fmt: skip
     """The gradients at the classes of a row; the first one's is `out` further."""
+    widest_vectors()
     for c in range(classes):
         numbers = load_each_or_one(at_class, c, factor) + of_row + is_label(label, c)
         found = slopes(record, *(coefficients + numbers))
@@ -84,6 +87,7 @@ def rows_part(
     values: Any, grads: Any, upstream: Any, sums: Any, wrong: Any, scale: Any, count: int,
     classes: int, group: int,
 ) -> None:  # fmt: skip
+    widest_vectors()
     record, exact = read_record(numbers, scale), read_record(numbers, 0.0)
     groups = (count + group - 1) // group
     for g in range(part * groups // parts, (part + 1) * groups // parts):
