@@ -18,8 +18,9 @@ Tensors = tuple[torch.Tensor | None, ...]
 class Walk(NamedTuple):
     """The order in which a loop visits all places of the operands, and where they have them.
 
-    The places are a block of `inner` side by side for each of `first` times `second`. A result of
-    `shape` is contiguous in that order; where `flat`, it lies in memory as the first operand.
+    The places are a block of `inner` side by side for each of `first` times `second`, of which the
+    last one may be shorter. A result of `shape` is contiguous in that order; where `flat`, it lies
+    in memory as the first operand.
 
     Attributes:
         shape: of the operands broadcast against each other.
@@ -27,6 +28,7 @@ class Walk(NamedTuple):
         first, second, inner: the numbers of places.
         steps: of each operand, the elements from one place to the next: of the first kind, of
             the second kind, and side by side (0 or 1).
+        places: how many there are.
     """
 
     shape: tuple[int, ...]
@@ -35,10 +37,12 @@ class Walk(NamedTuple):
     second: int
     inner: int
     steps: tuple[tuple[int, int, int], ...]
+    places: int
 
-    @property
-    def places(self) -> int:
-        return self.first * self.second * self.inner
+
+# Blocks shorter than half of this are put together, if that takes no more than to repeat numbers
+# that all of them have (a weight for each class): loops of few turns fill no vectors.
+LONG_BLOCK = 512
 
 
 #: Walks over operands of these sizes and strides that need no copy: a program has but few.
@@ -74,12 +78,12 @@ def _find_walk(operands: Tensors) -> tuple[Tensors, Walk]:
         steps = tuple(
             (0, 0, int(t is not None and (tuple(t.shape) == shape and count > 1))) for t in alike
         )
-        return tuple(alike), Walk(shape, True, 1, 1, count, steps)
+        return tuple(alike), Walk(shape, True, 1, 1, count, steps, count)
     for copied in (False, True):
         tensors = tuple(t.contiguous() if copied and t is not None else t for t in operands)
         found = _merged(tensors, shape)
         if found is not None:
-            return tensors, found
+            return _repeated(tensors, found)
     full = tuple(t if t is None else t.expand(shape).contiguous() for t in operands)
     return _find_walk(full)
 
@@ -117,4 +121,24 @@ def _merged(tensors: Tensors, shape: tuple[int, ...]) -> Walk | None:
         (0, 0, 0) if s is None else (lambda c: (c[0], c[1], c[2]))(next(columns)) for s in strides
     )
     first, second, inner = sizes
-    return Walk(shape, False, first, second, inner, found)
+    return Walk(shape, False, first, second, inner, found, first * second * inner)
+
+
+def _repeated(tensors: Tensors, place: Walk) -> tuple[Tensors, Walk]:
+    """The same with longer blocks, where an operand that all blocks have can be repeated."""
+    inner, count = place.inner, LONG_BLOCK // max(place.inner, 1)
+    whole, common, single = (0, inner, 1), (0, 0, 1), (0, 0, 0)
+    if (
+        place.first != 1
+        or min(count, place.second) < 2
+        or any(step not in (whole, common, single) for step in place.steps)
+    ):
+        return tensors, place
+    repeated = tuple(
+        t if t is None or step != common else t.as_strided((count, inner), (0, 1)).reshape(-1)
+        for t, step in zip(tensors, place.steps, strict=True)
+    )
+    longer = count * inner
+    steps = tuple((0, longer, 1) if step == whole else step for step in place.steps)
+    second = -(-place.second // count)
+    return repeated, place._replace(second=second, inner=longer, steps=steps)

@@ -111,6 +111,34 @@ def cross_entropy(name: str, *args: Any, **options: Any) -> LossCase:
     return LossCase(name, "cross_entropy", extremes(labelled(*args, **options)))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 31, 33, 1000])
+@pytest.mark.parametrize("columns", [1, 2, 3, 16, 100, 255, 256, 257, 600])
+def test_a_number_for_each_column(rows: int, columns: int) -> None:
+    """Rows shorter than a vector, of which several make a block, and the last block is shorter."""
+    input = torch.randn(rows, columns, device=DEVICE, requires_grad=True)
+    target = torch.rand(rows, columns, device=DEVICE)
+    weights = torch.rand(columns, device=DEVICE) + 0.5
+    for given in (
+        {"pos_weight": weights},
+        {"pos_weight": weights.expand(rows, columns)},
+        {"pos_weight": weights[:1], "weight": weights[None]},
+        {"weight": torch.rand(rows, 1, device=DEVICE), "pos_weight": weights},
+    ):
+        for reduction in ("mean", "none"):
+            found = []
+            for module, wide in ((ours, False), (theirs, True)):
+                tensors = [t.detach().double() if wide else t.detach() for t in (input, target)]
+                more = {name: t.double() if wide else t for name, t in given.items()}
+                leaf = tensors[0].requires_grad_()
+                with fastopt.use_backend(BACKEND):
+                    loss = module.binary_cross_entropy_with_logits(
+                        leaf, tensors[1], **more, reduction=reduction
+                    )
+                loss.sum().backward()
+                found.append((loss.detach().double(), leaf.grad.double()))
+            torch.testing.assert_close(*found, rtol=2e-6, atol=1e-6)
+
+
 @dtypes
 def test_every_number_of_classes(dtype: torch.dtype) -> None:
     """A few of them, up to where a row fills vectors; in rows, columns and in between."""

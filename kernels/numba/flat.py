@@ -72,12 +72,12 @@ def chunk_sum(
 @kernel
 def flat_part(
     part: int, parts: int, numbers: Any, operands: Any, steps: Any, values: Any, grads: Any,
-    upstream: Any, sums: Any, scale: Any, first: int, second: int, inner: int, group: int,
+    upstream: Any, sums: Any, scale: Any, count: int, second: int, inner: int, group: int,
 ) -> None:  # fmt: skip
     widest_vectors()
     record = read_record(numbers, scale)
     each = (inner + CHUNK - 1) // CHUNK
-    chunks = first * second * each
+    chunks = (count + inner - 1) // max(inner, 1) * each
     groups = (chunks + group - 1) // group
     for g in range(part * groups // parts, (part + 1) * groups // parts):
         total = 0.0
@@ -86,7 +86,7 @@ def flat_part(
             here = moved(operands, steps, block // second, block % second)
             total += chunk_sum(
                 record, here, values, grads, upstream, scale, block * inner, begin,
-                min(begin + CHUNK, inner),
+                min(begin + CHUNK, inner, count - block * inner),
             )  # fmt: skip
         if sums is not None:
             store(sums, g, total)
@@ -95,15 +95,15 @@ def flat_part(
 @region
 def flat_all(
     parts: int, numbers: Any, operands: Any, steps: Any, values: Any, grads: Any, upstream: Any,
-    sums: Any, loss: Any, scale: Any, divisor: float, first: int, second: int, inner: int,
+    sums: Any, loss: Any, scale: Any, divisor: float, count: int, second: int, inner: int,
     group: int,
 ) -> None:  # fmt: skip
     """loss = the sum of the values / divisor. sums is scratch memory, a number a group."""
     on_threads(flat_part, parts, (
-        numbers, operands, steps, values, grads, upstream, sums, scale, first, second, inner, group,
+        numbers, operands, steps, values, grads, upstream, sums, scale, count, second, inner, group,
     ))  # fmt: skip
     if sums is not None:
-        chunks = first * second * ((inner + CHUNK - 1) // CHUNK)
+        chunks = (count + inner - 1) // max(inner, 1) * ((inner + CHUNK - 1) // CHUNK)
         store(loss, 0, sum_all(sums, (chunks + group - 1) // group) / divisor)
 
 
@@ -139,7 +139,7 @@ def _schedule(
     kind: Any = type(record)
     launch = _launcher(kind, record.settings, operands, fixed, grads, values, upstream, loss)
     group = max(1, CHUNK // max(place.inner, 1))
-    chunks = place.first * place.second * -(-place.inner // CHUNK)
+    chunks = -(-place.places // max(place.inner, 1)) * -(-place.inner // CHUNK)
     addresses = numbers.ctypes.data, steps.ctypes.data
     return _Schedule(launch, *addresses, group, 8 * -(-chunks // group), (numbers, steps))
 
@@ -196,7 +196,7 @@ def _run(
     schedule.launch(
         parts_for(place.places, GRAIN), schedule.numbers, tuple(map(_address, operands)),
         schedule.steps, _address(values), tuple(map(_address, grads)), _address(upstream), sums,
-        _address(loss), scale * record.factor, divisor, place.first, place.second, place.inner,
+        _address(loss), scale * record.factor, divisor, place.places, place.second, place.inner,
         schedule.group,
     )  # fmt: skip
     del kept
