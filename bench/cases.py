@@ -69,6 +69,7 @@ class OptimizerRow:
         """Bytes: parameter and states read and written once, the gradient read once, or twice."""
         kind: Any = KINDS[self.operation]
         param = Parameter(torch.empty(2, 2))
+        param.grad = torch.empty(2, 2)
         optimizer = kind([param], **self.options)
         (group,) = optimizer.param_groups
         begun = [optimizer._begin(n, param, group) for n in optimizer._active_of(group, param)]
