@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import BACKEND, DEVICE
+from cases import BACKEND, DEVICE, INTERPRETED
 
 from fastopt import dispatch
 from fastopt import formula as m
@@ -101,3 +101,23 @@ def test_name(name: str, dtype: torch.dtype) -> None:
     if name == "power" and dtype == torch.float64 and BACKEND == "triton":
         tolerance = 1e-13
     torch.testing.assert_close(found, right, rtol=tolerance, atol=tiny, equal_nan=True)
+
+
+@pytest.mark.skipif(INTERPRETED or DEVICE != "cpu", reason="about loops on the CPU")
+def test_vectors_as_wide_as_the_cpu_has() -> None:
+    numba = pytest.importorskip("numba")
+    from fastopt.kernels.numba.target import widest_vectors
+
+    def loop(x: Any, y: Any) -> None:
+        for i in range(len(x)):
+            y[i] = 2 * x[i]
+
+    def wide(x: Any, y: Any) -> None:
+        widest_vectors()
+        for i in range(len(x)):
+            y[i] = 2 * x[i]
+
+    narrow, widened = (numba.njit("(f4[::1], f4[::1])")(f) for f in (loop, wide))
+    (before,), (after,) = narrow.inspect_asm().values(), widened.inspect_asm().values()
+    features = numba.core.registry.cpu_target.target_context.codegen().magic_tuple()[2]
+    assert ("zmm" in after) == ("zmm" in before or "+avx512vbmi2" in features.split(","))

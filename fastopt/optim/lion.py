@@ -99,7 +99,7 @@ class PlainLion(Optimizer):
         return loss
 
 
-class Lion(PlannedStep, PlainLion):  # type: ignore[misc]  # whose step is overloaded
+class Lion(PlannedStep, PlainLion):
     r"""Lion: steps of one size, in the direction of a momentum's sign.
 
     With gradient g (negated if ``maximize``), per element:
