@@ -125,7 +125,8 @@ def _convert_optimizer(optimizer: Any, twins: _Twins, to: str) -> None:
             f"cannot convert an optimizer with max_grad_norm={limit}, which torch's does not have, "
             "to torch; set it to None first, and call clip_grad_norm_ before its steps"
         )
-    if to == "torch" and any(average() is not None for average, _ in optimizer._followers):
+    followers = getattr(optimizer, "_followers", ())
+    if to == "torch" and any(average() is not None for average, _ in followers):
         raise ValueError(
             "cannot convert an optimizer whose steps update an AveragedModel, which torch's don't, "
             "to torch; make one without optimizer= first"
