@@ -30,7 +30,8 @@ def widest_vectors(typingctx: Any) -> Any:
     """Have the loops of the function that calls this vectorised in the CPU's widest vectors.
 
     LLVM keeps to 256 bits, for the first CPUs that had 512 ran slower with those. Those that have
-    AVX-512 VBMI2 don't: loops that compute more than they wait for memory take 0.7 of the time.
+    AVX-512 VBMI2 don't: loops that compute more than they wait for memory take 0.7 to 0.8 of the
+    time.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:

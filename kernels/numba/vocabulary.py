@@ -121,7 +121,7 @@ def sigmoid(x: Any) -> Any:
 def _log(x: Any) -> Any:
     small = x < 2.2250738585072014e-308
     result = vector_math.log(x * 18014398509481984.0 if small else x)  # 2**54
-    result = result - 37.42994775023705 if small else result
+    result = result - 37.42994775023705 if small else result  # log(2**54)
     return np.nan if x < 0.0 else result
 
 
