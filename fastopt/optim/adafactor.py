@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim.optimizer import _to_scalar
 
 from .. import formula as m
-from ..dispatch import insisted
 from ..kernels.layout import same_layout
 from ..kernels.operation import Update
 from ..kernels.tables import Averaged, Tables
@@ -24,7 +23,7 @@ __all__ = ["Adafactor"]
 class AdafactorUpdate(Update):
     """share is what is new in a mean, rho what the step may change at most, relatively.
 
-    rate is what each change of a parameter is multiplied by; its loop finds that, and sets it.
+    rate is what each change of a parameter is multiplied by: its loop finds it and puts it there.
     """
 
     lr: float
@@ -37,7 +36,7 @@ class AdafactorUpdate(Update):
 
     def at_step(h, step: Any) -> Any:
         rho = m.minimum(h.lr, 1.0 / m.sqrt(step))
-        return m.power(step, h.beta2_decay), rho, 1.0 - h.lr * h.weight_decay, 1.0
+        return m.power(step, h.beta2_decay), rho, 1.0 - h.lr * h.weight_decay, rho
 
     def moved(h: Any, old: Any, new: Any) -> Any:
         """A mean of squares after a step whose own one is new."""
@@ -135,12 +134,12 @@ class Adafactor(PlannedStep, torch.optim.Adafactor):
         return None
 
     def _refuse_param(self, param: Tensor) -> str | None:
-        if param.device.type != "cpu" or insisted() == "triton":
-            return "rows and columns, whose means no kernel takes on a GPU"
         if not param.numel():
             return "a parameter without elements, by whose number torch divides"
         if param.grad is not None and param.grad.dtype != param.dtype:
             return "a gradient of another dtype than the parameter's"
+        if max(param.shape[-2:], default=0) >= 1 << 30:
+            return "a matrix with 2**30 rows or columns, or more"
         return None if param.is_contiguous() else "a parameter that isn't contiguous"
 
     def _active_of(self, group: dict[str, Any], param: Tensor) -> tuple[str, ...]:

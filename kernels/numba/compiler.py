@@ -75,6 +75,16 @@ def region(function: Callable[..., Any]) -> Any:
     return entry(function)
 
 
+def loop(function: Callable[..., Any]) -> Any:
+    """Decorator: a kernel that other machine code calls by its address, and is cached on disk."""
+    return _compiled(function, CONTRACT, no_cpython_wrapper=True)
+
+
+def summing_loop(function: Callable[..., Any]) -> Any:
+    """Decorator: such a one that may add up floats in any order."""
+    return _compiled(function, REASSOCIATE, no_cpython_wrapper=True)
+
+
 def _compiled(function: Callable[..., Any], fastmath: frozenset[str], **options: bool) -> Any:
     given = {**_OPTIONS, "no_cfunc_wrapper": True, **options}
     dispatcher = numba.njit(fastmath=set(fastmath), **given)(function)
@@ -93,6 +103,15 @@ def specialise(dispatcher: Any, *signature: types.Type) -> Callable[..., Any]:
         dispatcher.compile(signature)
     entry: Callable[..., Any] = dispatcher.get_overload(signature)
     return entry
+
+
+def address_of(dispatcher: Any, *signature: types.Type) -> int:
+    """Where the machine code of a `loop` for these argument types is, for the process's life."""
+    with _quiet():
+        dispatcher.compile(signature)
+    found = dispatcher.overloads[signature]
+    address: int = found.library.get_pointer_to_function(found.fndesc.llvm_func_name)
+    return address
 
 
 _quiet_lock = threading.Lock()

@@ -7,13 +7,11 @@ gradients. What is not wanted is None, and not compiled.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba.core import types
 
 from ..broadcast import Walk, walk
 from ..elementwise import (
@@ -27,14 +25,12 @@ from ..elementwise import (
 )
 from ..operation import Elementwise, Options
 from . import memory
-from .compiler import dtype_name, kernel, optional_pointer, pointer, region, summing_kernel
-from .pointer import load, store
-from .pointers import load_each_or_one, moved, store_products
-from .record import Values, read_record, value_and_slopes
-from .reduction import sum_all
+from .compiler import summing_loop
+from .forms import Loop, opened, sums_up
+from .pointers import load_each_or_one, moved, store_each, store_products
+from .record import Values, value_and_slopes
 from .target import widest_vectors
-from .team import on_threads
-from .threads import Launcher, parts_for
+from .threads import parts_for
 from .vector_math import cast
 
 # Elements summed in the compute dtype before the sum moves to float64. Chunks are the
@@ -48,79 +44,48 @@ GRAIN = 65_536
 Tensors = tuple[torch.Tensor | None, ...]
 
 
-@summing_kernel
-def chunk_sum(
-    record: Any, operands: Any, values: Any, grads: Any, upstream: Any, scale: Any, out: int,
-    begin: int, end: int,
-) -> float:  # fmt: skip
-    """The sum of the values of the elements begin to end; the results' ones are `out` further."""
-    widest_vectors()
-    total = cast(0, scale)
-    for i in range(begin, end):
-        found = value_and_slopes(record, *load_each_or_one(operands, i, scale))
-        value = found[0]
-        total += value
-        if values is not None:
-            store(values, out + i, value)
-        factor = scale
-        if upstream is not None:
-            factor = scale * load(upstream, out + i)
-        store_products(grads, out + i, found[1:], factor)
-    return np.float64(total)
+@summing_loop
+def flat_run(form: Any, scale: float, first: int, last: int) -> float:
+    """Chunks first to last: their values, if wanted, their gradients, and the sum of the values.
 
-
-@kernel
-def flat_part(
-    part: int, parts: int, numbers: Any, operands: Any, steps: Any, values: Any, grads: Any,
-    upstream: Any, sums: Any, scale: Any, count: int, second: int, inner: int, group: int,
-) -> None:  # fmt: skip
+    A gradient is `scale` times a slope, and times upstream's element, if there is an upstream.
+    """
     widest_vectors()
-    record = read_record(numbers, scale)
+    record, _, groups, (count, second, inner), factor = opened(form, scale)
+    operands, values, grads, upstream, (steps,) = groups
     each = (inner + CHUNK - 1) // CHUNK
-    chunks = (count + inner - 1) // max(inner, 1) * each
-    groups = (chunks + group - 1) // group
-    for g in range(part * groups // parts, (part + 1) * groups // parts):
-        total = 0.0
-        for chunk in range(g * group, min((g + 1) * group, chunks)):
-            block, begin = chunk // each, chunk % each * CHUNK
-            here = moved(operands, steps, block // second, block % second)
-            total += chunk_sum(
-                record, here, values, grads, upstream, scale, block * inner, begin,
-                min(begin + CHUNK, inner, count - block * inner),
-            )  # fmt: skip
-        if sums is not None:
-            store(sums, g, total)
-
-
-@region
-def flat_all(
-    parts: int, numbers: Any, operands: Any, steps: Any, values: Any, grads: Any, upstream: Any,
-    sums: Any, loss: Any, scale: Any, divisor: float, count: int, second: int, inner: int,
-    group: int,
-) -> None:  # fmt: skip
-    """loss = the sum of the values / divisor. sums is scratch memory, a number a group."""
-    on_threads(flat_part, parts, (
-        numbers, operands, steps, values, grads, upstream, sums, scale, count, second, inner, group,
-    ))  # fmt: skip
-    if sums is not None:
-        chunks = (count + inner - 1) // max(inner, 1) * ((inner + CHUNK - 1) // CHUNK)
-        store(loss, 0, sum_all(sums, (chunks + group - 1) // group) / divisor)
+    total = 0.0
+    for chunk in range(first, last):
+        block, begin = chunk // each, chunk % each * CHUNK
+        here = moved(operands, steps, block // second, block % second)
+        out = block * inner
+        part = cast(0, factor)
+        for i in range(begin, min(begin + CHUNK, inner, count - out)):
+            found = value_and_slopes(record, *load_each_or_one(here, i, factor))
+            part += found[0]
+            store_each(values, out + i, found[:1])
+            times = load_each_or_one(upstream, out + i, factor)
+            store_products(grads, out + i, found[1:], factor * times[0])
+        total += np.float64(part)
+    return total if sums_up(form) else 0.0
 
 
 class _Schedule(NamedTuple):
     """What is the same for all launches of one kind.
 
     Attributes:
-        launch: the loop, compiled for the kind.
+        loop: compiled for the kind.
         numbers, steps: the addresses of the record's numbers and of the operands' steps.
+        chunks: how many there are.
         group: chunks whose sums are added up by one thread.
         bytes: of scratch memory.
         kept: what has to live as long.
     """
 
-    launch: Launcher
+    loop: Loop
     numbers: int
     steps: int
+    chunks: int
     group: int
     bytes: int
     kept: Any
@@ -137,43 +102,27 @@ def _schedule(
     steps = np.array([step[:2] for step in place.steps], np.int64)
     fixed = tuple(step[2] == 0 for step in place.steps)
     kind: Any = type(record)
-    launch = _launcher(kind, record.settings, operands, fixed, grads, values, upstream, loss)
+    loop = _loop(kind, record.settings, operands, fixed, grads, values, upstream, loss)
     group = max(1, CHUNK // max(place.inner, 1))
     chunks = -(-place.places // max(place.inner, 1)) * -(-place.inner // CHUNK)
     addresses = numbers.ctypes.data, steps.ctypes.data
-    return _Schedule(launch, *addresses, group, 8 * -(-chunks // group), (numbers, steps))
+    return _Schedule(loop, *addresses, chunks, group, 8 * -(-chunks // group), (numbers, steps))
 
 
 @functools.cache
-def _launcher(
+def _loop(
     operation: type[Elementwise], flags: tuple[int, ...],
     operands: tuple[torch.dtype | None, ...], fixed: tuple[bool, ...],
     grads: tuple[torch.dtype | None, ...], values: torch.dtype | None,
     upstream: torch.dtype | None, loss: torch.dtype | None,
-) -> Launcher:  # fmt: skip
+) -> Loop:  # fmt: skip
     """fixed: of which operands a block has but one number."""
     compute = "float64" if torch.float64 in operands else "float32"
-    slots = itertools.count(1)
     read = [
-        types.none if d is None else pointer(dtype_name(d), next(slots), compute, one)
-        for d, one in zip(operands, fixed, strict=True)
+        None if d is None else (d, compute, one) for d, one in zip(operands, fixed, strict=True)
     ]
-    written = [optional_pointer(d, next(slots), compute) for d in grads]
-    sums = None if loss is None else torch.float64
-    return Launcher(
-        flat_all,
-        Values(operation, flags),
-        types.Tuple(read),
-        pointer("int64", 0),
-        optional_pointer(values, next(slots), compute),
-        types.Tuple(written),
-        optional_pointer(upstream, next(slots), compute),
-        optional_pointer(sums, next(slots), "float64"),
-        optional_pointer(loss, next(slots), "float64"),
-        getattr(types, compute),
-        types.float64,
-        *[types.intp] * 4,
-    )
+    groups = tuple(read), (values,), grads, (upstream,), (torch.int64,)
+    return Loop(flat_run, Values(operation, flags), compute, groups, 3, loss)
 
 
 def _run(
@@ -193,11 +142,13 @@ def _run(
         record, place, _dtypes(operands), _dtypes(grads), *_dtypes((values, upstream, loss))
     )
     sums, kept = (None, None) if loss is None else memory.scratch(schedule.bytes)
-    schedule.launch(
-        parts_for(place.places, GRAIN), schedule.numbers, tuple(map(_address, operands)),
-        schedule.steps, _address(values), tuple(map(_address, grads)), _address(upstream), sums,
-        _address(loss), scale * record.factor, divisor, place.places, place.second, place.inner,
-        schedule.group,
+    words = [
+        schedule.numbers, *map(_address, operands), _address(values), *map(_address, grads),
+        _address(upstream), schedule.steps, place.places, place.second, place.inner,
+    ]  # fmt: skip
+    schedule.loop(
+        parts_for(place.places, GRAIN), words, scale * record.factor, sums, _address(loss),
+        divisor, schedule.chunks, schedule.group,
     )  # fmt: skip
     del kept
 

@@ -7,26 +7,22 @@ is not wanted is None, and not compiled.
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import Any
 
 import numpy as np
 import torch
-from numba.core import types
 
 from ..operation import Options, Rowwise
 from ..reference import loss as torchs
 from ..rowwise import Rows, divisor_of, empty_grads, rows_of
 from . import memory
-from .compiler import dtype_name, kernel, optional_pointer, pointer, region, summing_kernel
+from .compiler import dtype_name, kernel, loop, summing_kernel
+from .forms import Loop, opened, sums_up
 from .labels import is_label, label_of, numbers_of_row
-from .pointer import load, store
-from .pointers import load_each_or_one, moved, store_products
-from .record import Values, finish, fold, read_record, slopes
-from .reduction import sum_all
+from .pointers import load_each_or_one, moved, store_each, store_products
+from .record import Values, finish, fold, slopes
 from .target import widest_vectors
-from .team import on_threads
-from .threads import Launcher, parts_for
+from .threads import parts_for
 from .tuples import added, cast_each, zeros
 
 # Classes summed in the compute dtype before the sums move to float64; rows of so many classes
@@ -81,49 +77,29 @@ def one_row(
     return np.float64(outcome[0])
 
 
-@kernel
-def rows_part(
-    part: int, parts: int, numbers: Any, at_class: Any, steps: Any, by_row: Any, labels: Any,
-    values: Any, grads: Any, upstream: Any, sums: Any, wrong: Any, scale: Any, count: int,
-    classes: int, group: int,
-) -> None:  # fmt: skip
+@loop
+def rows_run(form: Any, scale: float, first: int, last: int) -> float:
+    """Rows first to last: their values and gradients, if wanted, and the sum of the values.
+
+    `wrong` becomes 1 if a label is out of bounds.
+    """
     widest_vectors()
-    record, exact = read_record(numbers, scale), read_record(numbers, 0.0)
-    groups = (count + group - 1) // group
-    for g in range(part * groups // parts, (part + 1) * groups // parts):
-        total = 0.0
-        for row in range(g * group, min((g + 1) * group, count)):
-            here = moved(at_class, steps, row, 0)
-            factor = scale
-            if upstream is not None:
-                factor = scale * load(upstream, row)
-            label = label_of(labels, row, classes, wrong)
-            of_row = numbers_of_row(by_row, here, label, row, scale)
-            value = one_row(record, exact, here, of_row, label, grads, factor, row, classes)
-            if values is not None:
-                store(values, row, value)
-            total += value
-        if sums is not None:
-            store(sums, g, total)
-
-
-@region
-def rows_all(
-    parts: int, numbers: Any, at_class: Any, steps: Any, by_row: Any, labels: Any, values: Any,
-    grads: Any, upstream: Any, sums: Any, loss: Any, wrong: Any, scale: Any, divisor: float,
-    count: int, classes: int, group: int,
-) -> None:  # fmt: skip
-    """loss = the sum of the rows' values / divisor; wrong = 1 if a label is out of bounds."""
-    on_threads(rows_part, parts, (
-        numbers, at_class, steps, by_row, labels, values, grads, upstream, sums, wrong, scale,
-        count, classes, group,
-    ))  # fmt: skip
-    if sums is not None:
-        store(loss, 0, sum_all(sums, (count + group - 1) // group) / divisor)
+    record, exact, groups, (classes,), number = opened(form, scale)
+    at_class, by_row, (labels,), values, grads, upstream, (steps, wrong) = groups
+    total = 0.0
+    for row in range(first, last):
+        here = moved(at_class, steps, row, 0)
+        factor = number * load_each_or_one(upstream, row, number)[0]
+        label = label_of(labels, row, classes, wrong)
+        of_row = numbers_of_row(by_row, here, label, row, number)
+        value = one_row(record, exact, here, of_row, label, grads, factor, row, classes)
+        store_each(values, row, (value,))
+        total += value
+    return total if sums_up(form) else 0.0
 
 
 @functools.cache
-def _launcher(
+def _loop(
     operation: type[Rowwise],
     flags: tuple[int, ...],
     compute: str,
@@ -133,29 +109,13 @@ def _launcher(
     values: torch.dtype | None,
     upstream: torch.dtype | None,
     loss: torch.dtype | None,
-) -> Launcher:
-    slots = itertools.count(1)
-
-    def pointers(dtypes: tuple[torch.dtype | None, ...]) -> types.Tuple:
-        return types.Tuple([optional_pointer(d, next(slots), compute) for d in dtypes])
-
-    return Launcher(
-        rows_all,
-        Values(operation, flags),
-        pointers(at_class),
-        pointer("int64", 0),
-        pointers(by_row),
-        types.none if operation.label is None else pointer("int64", next(slots)),
-        optional_pointer(values, next(slots), "float64"),
-        pointers(grads),
-        optional_pointer(upstream, next(slots), compute),
-        types.none if loss is None else pointer("float64", next(slots), "float64"),
-        optional_pointer(loss, next(slots), "float64"),
-        pointer("int64", next(slots)),
-        getattr(types, compute),
-        types.float64,
-        *[types.intp] * 3,
-    )
+) -> Loop:
+    label = None if operation.label is None else torch.int64
+    exact = None if values is None else (values, "float64", False)
+    groups = (
+        at_class, by_row, (label,), (exact,), grads, (upstream,), (torch.int64, torch.int64),
+    )  # fmt: skip
+    return Loop(rows_run, Values(operation, flags), compute, groups, 1, loss)
 
 
 def _run(
@@ -177,7 +137,7 @@ def _run(
     record: Any = options.record
     operation: Any = type(record)
     grads = grads[: len(record.columns)]
-    launch = _launcher(
+    compiled = _loop(
         operation,
         record.settings,
         dtype_name(rows.compute),
@@ -188,18 +148,17 @@ def _run(
     steps = np.array([(step, 0) for step in rows.steps], np.int64)
     wrong = np.zeros(1, np.int64)
     group = max(1, CHUNK // rows.classes)
-    sums = None
-    if loss is not None:  # whatever the default device is
-        sums = torch.empty(-(-rows.number // group), dtype=torch.float64, device="cpu")
-    label_at, values_at, upstream_at, sums_at, loss_at = _addresses(
-        (rows.label, values, upstream, sums, loss)
-    )
+    sums, kept = None, None
+    if loss is not None:
+        sums, kept = memory.scratch(8 * -(-rows.number // group))
+    words = [
+        numbers.ctypes.data, *map(_address, rows.at_class), *map(_address, rows.of_row),
+        _address(rows.label), _address(values), *map(_address, grads), _address(upstream),
+        steps.ctypes.data, wrong.ctypes.data, rows.classes,
+    ]  # fmt: skip
     parts = min(parts_for(rows.number * rows.classes, GRAIN), max(rows.number, 1))
-    launch(
-        parts, numbers.ctypes.data, _addresses(rows.at_class), steps.ctypes.data,
-        _addresses(rows.of_row), label_at, values_at, _addresses(grads), upstream_at, sums_at,
-        loss_at, wrong.ctypes.data, scale, divisor, rows.number, rows.classes, group,
-    )  # fmt: skip
+    compiled(parts, words, scale, sums, _address(loss), divisor, rows.number, group)
+    del kept
     if wrong[0]:
         torchs(options, tensors)
         raise RuntimeError("target out of range")  # there was one, but no more
@@ -209,8 +168,8 @@ def _dtypes(tensors: Tensors) -> tuple[torch.dtype | None, ...]:
     return tuple([None if t is None else t.dtype for t in tensors])
 
 
-def _addresses(tensors: Tensors) -> tuple[int | None, ...]:
-    return tuple([None if t is None else t.data_ptr() for t in tensors])
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def forward(

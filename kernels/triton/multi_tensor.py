@@ -65,6 +65,9 @@ def write_numbers(addresses: np.ndarray, numbers: torch.Tensor) -> None:
 class Launches:
     """The launches of one bucket, bound to its tables."""
 
+    #: of the table on the device, behind those of every update
+    _more_lines = 0
+
     def __init__(
         self,
         record: Any,
@@ -112,7 +115,8 @@ class Launches:
         self._fields = len(record.numbers) + len(record.derived)
         # Every line of addresses, and for each tensor how many elements it has, its first block,
         # and whether all of its addresses are multiples of 16 bytes.
-        self._lines = np.zeros((len(tables.addresses) + 3, len(tables.row_of)), np.int64)
+        lines_of_all = len(tables.addresses) + 3 + self._more_lines
+        self._lines = np.zeros((lines_of_all, len(tables.row_of)), np.int64)
         self._per_step = bool(record.derived)
         self._bind()
 
@@ -152,7 +156,10 @@ class Launches:
         shape = (self._fields, len(self._tables.row_of))
         return torch.empty(shape, dtype=self._compute, device=self._tables.device)
 
-    def __call__(self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
+    def _ready(
+        self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The table and the constants of this step, and what a GradScaler has left, all there."""
         t = self._tables
         constants = self._constants
         captured = capturing(t.device)
@@ -175,6 +182,11 @@ class Launches:
         )
         table = self._table.current()
         self._derive(table, constants, found_inf, captured)
+        return table, constants, grad_scale, found_inf
+
+    def __call__(self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
+        t = self._tables
+        table, constants, grad_scale, found_inf = self._ready(grad_scale, found_inf)
         launch(
             update_blocks, (self._blocks,), t.device, self._threads, table,
             self._tensor_of.current(), constants, len(t.row_of), grad_scale, found_inf,
