@@ -27,7 +27,7 @@ from .factored_loops import (
     row_means,
     set_rates,
 )
-from .multi_tensor import Launches
+from .multi_tensor import Launches, block_shape
 from .record import formula_of
 
 __all__ = ["launcher"]
@@ -57,10 +57,16 @@ def matrix_tile(height: np.ndarray) -> np.ndarray:
     return np.where(height <= 4, 512, np.where(height <= 32, 64, 1))
 
 
+def _block_shape(dtype: torch.dtype) -> tuple[int, int]:
+    """Elements and threads of a program: of float64 one a thread, else a root needs the stack."""
+    return (256, 256) if dtype == torch.float64 else block_shape(dtype)
+
+
 class Factored(Launches):
     """The launches of one bucket of Adafactor's."""
 
     _more_lines = 7
+    _block_shape = staticmethod(_block_shape)
     _shapes = np.zeros((2, 0), np.int64)
 
     def _count_blocks(self) -> None:

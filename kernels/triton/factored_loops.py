@@ -35,8 +35,14 @@ def shape_of(table, tensor, tensors, SHAPE: tl.constexpr):
 
 
 @device_function
-def start_of(table, tensor, tensors, LINE: tl.constexpr, DTYPE: tl.constexpr):
-    return tl.load(table + LINE * tensors + tensor).to(tl.pointer_type(DTYPE))
+def start_of(
+    table, tensor, tensors, LINE: tl.constexpr, DTYPE: tl.constexpr, VECTORS: tl.constexpr = False
+):  # fmt: skip
+    """Where a tensor is. VECTORS: at a multiple of 16, which has to be said of this very number."""
+    start = tl.load(table + LINE * tensors + tensor).to(tl.pointer_type(DTYPE))
+    if VECTORS:
+        start = tl.multiple_of(start, 16)
+    return start
 
 
 # -- the means --------------------------------------------------------------------------------
@@ -64,14 +70,13 @@ def rows_of_tile(
 
 @device_function
 def store_rows(
-    start, rows, width, across, at, part, room, scale, R: tl.constexpr, C: tl.constexpr,
+    start, rows, width, across, at, part, room, inverse, R: tl.constexpr, C: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Mean squares of R rows, over one of the parts of their columns."""
     first, here = part // across * R, part % across
     begin = here * (16 * C)
     end = tl.minimum(begin + 16 * C, width)
-    inverse = quotient(scale * scale, width.to(COMPUTE))
     found = rows_of_tile(start, rows, width, first, begin, end, inverse, True, R, C, COMPUTE)
     row = first + tl.arange(0, R)
     tl.store(room + at + here * rows + row, found, mask=row < rows)
@@ -87,24 +92,24 @@ def row_means(
     _, width, across, _, at, _, _, count = shape_of(table, tensor, tensors, SHAPE)
     start, rows = start_of(table, tensor, tensors, GRAD, DTYPE), count // width
     scale = scale_of(grad_scale, COMPUTE)
+    inverse = quotient(scale * scale, width.to(COMPUTE))
     if width <= 4:
-        store_rows(start, rows, width, across, at, part, room, scale, 512, 4, COMPUTE)
+        store_rows(start, rows, width, across, at, part, room, inverse, 512, 4, COMPUTE)
     elif width <= 32:
-        store_rows(start, rows, width, across, at, part, room, scale, 64, 32, COMPUTE)
+        store_rows(start, rows, width, across, at, part, room, inverse, 64, 32, COMPUTE)
     else:
-        store_rows(start, rows, width, across, at, part, room, scale, 8, 256, COMPUTE)
+        store_rows(start, rows, width, across, at, part, room, inverse, 8, 256, COMPUTE)
 
 
 @device_function
 def store_columns(
-    start, columns, height, width, down, at, part, room, scale, K: tl.constexpr, C: tl.constexpr,
+    start, columns, height, width, down, at, part, room, inverse, K: tl.constexpr, C: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Mean squares of C columns of a stack of matrices, over one of the parts of their rows."""
     first, here = part // down * C, part % down
     begin = here * (16 * K)
     end = tl.minimum(begin + 16 * K, height)
-    inverse = quotient(scale * scale, height.to(COMPUTE))
     matrix = first // width
     behind = (first - matrix * width).to(tl.int32) + tl.arange(0, C)
     more = behind // width.to(tl.int32)
@@ -130,14 +135,17 @@ def column_means(
     height, width, _, down, _, at, _, count = shape_of(table, tensor, tensors, SHAPE)
     start, columns = start_of(table, tensor, tensors, GRAD, DTYPE), count // height
     scale = scale_of(grad_scale, COMPUTE)
+    inverse = quotient(scale * scale, height.to(COMPUTE))
     if height <= 4:
-        store_columns(start, columns, height, width, down, at, part, room, scale, 4, 512, COMPUTE)
+        store_columns(start, columns, height, width, down, at, part, room, inverse, 4, 512, COMPUTE)
     elif columns <= 4:
-        store_columns(start, columns, height, width, down, at, part, room, scale, 512, 4, COMPUTE)
+        store_columns(start, columns, height, width, down, at, part, room, inverse, 512, 4, COMPUTE)
     elif columns <= 32:
-        store_columns(start, columns, height, width, down, at, part, room, scale, 64, 32, COMPUTE)
+        store_columns(start, columns, height, width, down, at, part, room, inverse, 64, 32, COMPUTE)
     else:
-        store_columns(start, columns, height, width, down, at, part, room, scale, 16, 128, COMPUTE)
+        store_columns(
+            start, columns, height, width, down, at, part, room, inverse, 16, 128, COMPUTE
+        )
 
 
 @device_function
@@ -258,10 +266,8 @@ def change_block(
 ):  # fmt: skip
     """Update the block at `begin`; or tell the mean squares of its elements and of its changes."""
     offset = begin + tl.arange(0, BLOCK)
-    params = start_of(table, tensor, tensors, LINES[0], DTYPES[0])
-    grads = start_of(table, tensor, tensors, LINES[len(LINES) - 1], DTYPES[len(LINES) - 1])
-    if VECTORS:
-        params, grads = tl.multiple_of(params, 16), tl.multiple_of(grads, 16)
+    params = start_of(table, tensor, tensors, LINES[0], DTYPES[0], VECTORS)
+    grads = start_of(table, tensor, tensors, LINES[len(LINES) - 1], DTYPES[len(LINES) - 1], VECTORS)
     param = read(params + offset, mask, 0.0).to(COMPUTE)
     grad = read(grads + offset, mask, 0.0).to(COMPUTE) * scale
     if len(LINES) == 4:
@@ -269,9 +275,7 @@ def change_block(
             table, tensor, tensors, begin, mask, room, LINES, DTYPES, SHAPE, COMPUTE, BLOCK
         )
     else:
-        variances = start_of(table, tensor, tensors, LINES[1], DTYPES[1])
-        if VECTORS:
-            variances = tl.multiple_of(variances, 16)
+        variances = start_of(table, tensor, tensors, LINES[1], DTYPES[1], VECTORS)
         variance = read(variances + offset, mask, 1.0)
         if not UPDATES:
             new = MOVED(MAKE(values, ()), variance.to(COMPUTE), grad * grad)

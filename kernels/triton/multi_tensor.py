@@ -67,6 +67,7 @@ class Launches:
 
     #: of the table on the device, behind those of every update
     _more_lines = 0
+    _block_shape = staticmethod(block_shape)
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class Launches:
         self._lines_used = tuple(k for k, d in zip(lines, dtypes, strict=True) if d is not None)
         self._dtypes = tuple(TYPES[d] for d in dtypes if d is not None)
         self._compute = compute_dtype(dtypes[0])  # type: ignore[arg-type]
-        self._block, self._threads = block_shape(dtypes[0])  # type: ignore[arg-type]
+        self._block, self._threads = self._block_shape(dtypes[0])  # type: ignore[arg-type]
         # Of the slots the first is the parameter, and the last of the dtypes the gradient's.
         states = dtypes[1 : len(record.slots) + 1]
         unused = tuple(n for n, d in zip(record.slots, states, strict=True) if d is None)
