@@ -35,19 +35,22 @@ REASSOCIATE = frozenset({"contract", "reassoc", "nsz"})
 _OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 # Wrappers for calls from elsewhere would take a third of the time that the function itself takes.
 _INNER = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+# A loop is vectorised only if all that it calls is part of it, which LLVM takes for no gain where
+# it believes a loop to be rarely entered.
+_INLINED = {**_INNER, "forceinline": True}
 # For functions made by overload. Who says nothing of fastmath inherits it from the first caller.
-FUNCTION_OPTIONS = {**_OPTIONS, "fastmath": set(CONTRACT)}
-EXACT_OPTIONS = {**_OPTIONS, "fastmath": False}
+FUNCTION_OPTIONS = {**_OPTIONS, "fastmath": set(CONTRACT), "forceinline": True}
+EXACT_OPTIONS = {**_OPTIONS, "fastmath": False, "forceinline": True}
 
 
 def inlined(function: Callable[..., Any]) -> Any:
     """Decorator: a small function that only kernels call, and whose code goes into theirs."""
-    return numba.njit(fastmath=set(CONTRACT), **_INNER)(function)
+    return numba.njit(fastmath=set(CONTRACT), **_INLINED)(function)
 
 
 def exact(function: Callable[..., Any]) -> Any:
     """Decorator: such a function, whose every operation is rounded by itself."""
-    return numba.njit(fastmath=False, **_INNER)(function)
+    return numba.njit(fastmath=False, **_INLINED)(function)
 
 
 def kernel(function: Callable[..., Any]) -> Any:

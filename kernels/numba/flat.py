@@ -53,7 +53,8 @@ def flat_run(form: Any, scale: float, first: int, last: int) -> float:
     widest_vectors()
     record, _, groups, (count, second, inner), factor = opened(form, scale)
     operands, values, grads, upstream, (steps,) = groups
-    each = (inner + CHUNK - 1) // CHUNK
+    # numbers above 0, else LLVM takes a division by one for likely to fail, and the loop for cold
+    each, second = max((inner + CHUNK - 1) // CHUNK, 1), max(second, 1)
     total = 0.0
     for chunk in range(first, last):
         block, begin = chunk // each, chunk % each * CHUNK

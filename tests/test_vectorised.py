@@ -1,0 +1,64 @@
+"""Loops of elementwise losses compute with vectors: nothing else shows if they don't."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from cases import DEVICE, INTERPRETED
+from numba.core import caching
+
+import fastopt
+from fastopt.kernels.numba import flat
+from fastopt.nn import functional
+
+if INTERPRETED or DEVICE != "cpu":
+    pytest.skip("loops for CPUs", allow_module_level=True)
+
+#: Losses and what of their arguments has to be a number of a kind of its own.
+LOSSES: dict[str, dict[str, Any]] = {
+    "mse_loss": {},
+    "l1_loss": {},
+    "huber_loss": {},
+    "smooth_l1_loss": {},
+    "binary_cross_entropy": {},
+    "binary_cross_entropy_with_logits": {"pos_weight": torch.rand(640)},
+    "kl_div": {},
+    "poisson_nll_loss": {"full": True},
+    "gaussian_nll_loss": {"var": torch.rand(640) + 0.1},
+    "soft_margin_loss": {},
+    "hinge_embedding_loss": {},
+}
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_loop_of_vectors(name: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has vectors of floats, and its formula is part of it."""
+    monkeypatch.setattr(flat.flat_run, "_cache", caching.NullCache())
+    loops: list[Any] = []
+    compiled = flat.Loop
+
+    def made(run: Any, *given: Any) -> Any:
+        run.overloads.clear()  # what the disk has given is no more than machine code
+        loops.append(run)
+        return compiled(run, *given)
+
+    monkeypatch.setattr(flat, "Loop", made)
+    for kept in (flat._loop, flat._schedule):
+        kept.cache_clear()
+    input = torch.rand(640).requires_grad_()
+    with fastopt.use_backend("numba"):
+        loss = getattr(functional, name)(
+            input, torch.rand(640), **LOSSES[name], reduction=reduction
+        )
+        loss.sum().backward()
+    texts = flat.flat_run.inspect_llvm().values()
+    assert loops
+    assert texts
+    for text in texts:
+        (body,) = re.findall(r"^define [^\n]*flat_run.*?^}", text, re.DOTALL | re.MULTILINE)[:1]
+        assert re.search(r"<\d+ x float>", body)
+        assert not re.search(r"call [^\n]*value_and_slopes", body)
