@@ -394,7 +394,7 @@ def table(features: Iterable[Feature], operations: tuple[str, ...]) -> list[str]
     return lines
 
 
-#: The optimizers that have no kernels for GPUs.
+#: The optimizers that don't take all that the others take.
 APART = ("Adafactor", "SparseAdam", "LBFGS")
 
 

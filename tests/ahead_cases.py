@@ -192,7 +192,7 @@ ADAM = (Step(AdamUpdate, (True, True, False)), Step(AdamUpdate, (True, True, Tru
 RMSPROP = tuple(
     Step(RMSpropUpdate, (True, *rest)) for rest in itertools.product((False, True), repeat=2)
 )
-#: Those of the others with all of their states, but for what GPUs have no kernels for.
+#: Those of the others with all of their states, but for those with launches of their own.
 OTHERS = tuple(
     Step(record, (True,) * len(record.slots))
     for record in (*dict.fromkeys(k._record for k in OPTIMIZERS.values()), OrthogonalUpdate)

@@ -161,6 +161,8 @@ def test_mixed_parameters() -> None:
     explained = fastopt.explain(race.ours)
     backends = sorted([BACKEND] * 6 + ["reference"] * 2)
     assert sorted(d.backend for d in explained) == backends
+    kernels = [str(d) for d in explained if d.backend == BACKEND]
+    assert all("launches" in words for words in kernels) == (BACKEND == "triton")
     for words in ("a parameter with gaps", "that isn't contiguous"):
         assert words in str(explained)
 

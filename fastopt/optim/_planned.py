@@ -61,6 +61,8 @@ class PlannedStep(Optimizer):
     _optional: ClassVar[tuple[str, ...]] = ()
     #: whether a launch has to see the parameters, as they are in each step
     _sees_params: ClassVar[bool] = False
+    #: the backend's function that says in words how a step runs
+    _described_by: ClassVar[str] = "describe_step"
     #: whether the constructor makes the states, so that torch refuses a parameter without them
     _made_early: ClassVar[bool] = False
     #: whether kernels follow what torch does with NumPy's half precision as a hyperparameter
@@ -318,7 +320,7 @@ class PlannedStep(Optimizer):
     def _decisions(self) -> tuple[Decision, ...]:
         return tuple(
             dispatch.describe(
-                decision, "describe_step", kind.param, [size_of(m.param) for m in members]
+                decision, self._described_by, kind.param, [size_of(m.param) for m in members]
             )
             for kind, decision, members in sort(self, without_grads=True).shares
         )

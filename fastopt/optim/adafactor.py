@@ -74,8 +74,9 @@ class Adafactor(PlannedStep, torch.optim.Adafactor):
         p ← p (1 - lr · weight_decay) - a u
 
     Of other parameters v ← v + s (g² - v) is kept. An ``eps1`` of None is the dtype's machine
-    epsilon. The gradients of all parameters are read three times, and the parameters twice, in one
-    parallel region for all that have rows and columns and one for the others.
+    epsilon. On a CPU the gradients of all parameters are read three times, and the parameters
+    twice, in one parallel region for all that have rows and columns and one for the others. On a
+    GPU those with rows and columns take eight launches for all, the others four.
 
     Args:
         params: parameters, or groups of them as dicts.
@@ -86,8 +87,8 @@ class Adafactor(PlannedStep, torch.optim.Adafactor):
         max_grad_norm: the norm that a step scales its gradients down to, all alike, or None;
             they stay as they are, and their norm is then in ``grad_norm``.
 
-    Parameters may be contiguous float64, float32, bfloat16 or float16 ones on a CPU, with gradients
-    of their dtype; all others are updated by torch's own code, as are DTensors and all parameters
+    Parameters may be contiguous float64, float32, bfloat16 or float16 ones with gradients of their
+    dtype; all others are updated by torch's own code, as are DTensors and all parameters
     of a group with several dtypes and an ``eps1`` of None: there the first one's dtype decides.
     ``explain`` says which.
 
@@ -105,6 +106,7 @@ class Adafactor(PlannedStep, torch.optim.Adafactor):
     _operation = "Adafactor"
     _record = AdafactorUpdate
     _sees_params = True
+    _described_by = "describe_factored"
     _optional = ("eps",)
 
     def _hyper(self, group: dict[str, Any], begins: bool) -> AdafactorUpdate:

@@ -13,6 +13,7 @@ from ..linear import Linear
 from ..losses import Loops, Tensors
 from ..operation import Options
 from . import cross_entropy, flat, gather, rows
+from .factored import describe_factored
 from .factored import launcher as factored_launcher
 from .multi_tensor import describe_step
 from .multi_tensor import launcher as step_launcher
@@ -21,8 +22,8 @@ from .outcomes import gradient, outcomes
 from .pieces import Pieces
 
 __all__ = [
-    "Pieces", "backward", "clamp_all", "describe", "describe_step", "empty_cache",
-    "factored_launcher", "forward", "gradient", "number_of", "outcomes", "scale_all",
+    "Pieces", "backward", "clamp_all", "describe", "describe_factored", "describe_step",
+    "empty_cache", "factored_launcher", "forward", "gradient", "number_of", "outcomes", "scale_all",
     "step_launcher", "total_norm",
 ]  # fmt: skip
 

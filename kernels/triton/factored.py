@@ -30,7 +30,7 @@ from .factored_loops import (
 from .multi_tensor import Launches, block_shape
 from .record import formula_of
 
-__all__ = ["launcher"]
+__all__ = ["describe_factored", "launcher"]
 
 THREADS = 256
 #: Entries of kept means that a program moves.
@@ -158,3 +158,13 @@ def launcher(
 ) -> Callable[[Tables], Any]:
     """The update for one kind of bucket; arguments as those of the CPU backend's."""
     return functools.partial(Factored, record, (*slots, grad), (), step, None)
+
+
+def describe_factored(param: torch.dtype, sizes: list[int]) -> str:
+    """How a bucket runs, in words."""
+    block, threads = _block_shape(param)
+    programs = sum(-(-size // block) for size in sizes)
+    return (
+        f"{len(sizes):,} tensors in each of several launches, of up to {programs:,} programs, "
+        f"{block} elements and {threads} threads each"
+    )
