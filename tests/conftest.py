@@ -43,6 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 TOGETHER = {"test_moduleinfo": "test_opinfo", "test_loss_contract": "test_losses"}
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A file's tests run in one process."""
     for item in items:
