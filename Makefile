@@ -15,15 +15,16 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 TORCH := $(VENV)/.torch
 DEMO := $(VENV)/.demo
 DEV := $(VENV)/.dev
-# As many processes as cores, a file's tests in one (tests/conftest.py), so that few compile the
-# same kernels; threads that wait leave the cores to the others. Not `python -m`, which would put this folder
+# As many processes as cores, a file's tests in one, so that few compile the same kernels;
+# threads that wait leave the cores to the others. Not `python -m`, which would put this folder
 # where others look for the package `kernels` (transformers does).
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses auto --dist loadgroup
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses auto --dist loadfile
+# Modules call the functions, whatever serves those: test_moduleinfo.py is not among them.
 KERNEL_TESTS := $(addprefix tests/test_,losses.py extremes.py loss_contract.py loss_properties.py \
 	opinfo.py linear_cross_entropy.py log_prob_and_entropy.py sizes.py fuzz.py \
 	fuzz_optimizers.py optimizers.py optimizer_contract.py optim_db.py optim_gradients.py \
-	averages.py averages_in_step.py clip.py clipped_step.py lion.py muon.py adafactor.py traps.py triton.py \
-	rows.py nll.py vocabulary.py)
+	averages.py averages_in_step.py clip.py clipped_step.py lion.py muon.py adafactor.py \
+	traps.py triton.py rows.py nll.py vocabulary.py)
 
 .PHONY: demo test clients versions archives fuzz gpu-check bench docs lint clean
 

@@ -47,7 +47,7 @@ def test(python: str, archive: Path, sources: Path, work: Path) -> bool:
     subprocess.run([*install, torch], check=True)
     subprocess.run([*install, str(archive), *TOOLS], check=True)
     tests = [f"tests/test_{name}.py" for name in QUICK]
-    options = ["--numprocesses", "auto", "--dist", "loadgroup"]
+    options = ["--numprocesses", "auto", "--dist", "loadfile"]
     where = [new, "-c", "import fastopt; print(fastopt.__file__, fastopt.__version__)"]
     print(subprocess.run(where, cwd=work, capture_output=True, text=True).stdout.strip())
     environ = {**os.environ, "OMP_WAIT_POLICY": "passive"}  # two processes' threads share the cores

@@ -39,17 +39,6 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", str(store))
 
 
-#: Files that compile the same kernels as another one: their tests run in that one's process.
-TOGETHER = {"test_moduleinfo": "test_opinfo", "test_loss_contract": "test_losses"}
-
-
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests run in one process."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(TOGETHER.get(item.path.stem, item.path.stem)))
-
-
 # Hypothesis draws now and then a constant from the modules that are loaded: another choice of
 # tests would have other data, and so would a change in any file. Its own constants are enough.
 providers._get_local_constants = lambda: providers._local_constants
