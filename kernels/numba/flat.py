@@ -26,7 +26,7 @@ from ..elementwise import (
 from ..operation import Elementwise, Options
 from . import memory
 from .compiler import summing_loop
-from .forms import Loop, opened, sums_up
+from .forms import Loop, address_in, dtypes_of, opened, sums_up
 from .pointers import load_each_or_one, moved, store_each, store_products
 from .record import Values, value_and_slopes
 from .target import widest_vectors
@@ -53,7 +53,7 @@ def flat_run(form: Any, scale: float, first: int, last: int) -> float:
     widest_vectors()
     record, _, groups, (count, second, inner), factor = opened(form, scale)
     operands, values, grads, upstream, (steps,) = groups
-    # numbers above 0, else LLVM takes a division by one for likely to fail, and the loop for cold
+    # At least 1: before a division that can fail LLVM expects failure, and few turns of the loop.
     each, second = max((inner + CHUNK - 1) // CHUNK, 1), max(second, 1)
     total = 0.0
     for chunk in range(first, last):
@@ -140,26 +140,18 @@ def _run(
     """Launch. The gradients are `scale` times the slopes, and upstream's elements, if given."""
     record: Any = options.record
     schedule = _schedule(
-        record, place, _dtypes(operands), _dtypes(grads), *_dtypes((values, upstream, loss))
+        record, place, dtypes_of(operands), dtypes_of(grads), *dtypes_of((values, upstream, loss))
     )
     sums, kept = (None, None) if loss is None else memory.scratch(schedule.bytes)
     words = [
-        schedule.numbers, *map(_address, operands), _address(values), *map(_address, grads),
-        _address(upstream), schedule.steps, place.places, place.second, place.inner,
+        schedule.numbers, *map(address_in, operands), address_in(values), *map(address_in, grads),
+        address_in(upstream), schedule.steps, place.places, place.second, place.inner,
     ]  # fmt: skip
     schedule.loop(
-        parts_for(place.places, GRAIN), words, scale * record.factor, sums, _address(loss),
+        parts_for(place.places, GRAIN), words, scale * record.factor, sums, address_in(loss),
         divisor, schedule.chunks, schedule.group,
     )  # fmt: skip
     del kept
-
-
-def _dtypes(tensors: Tensors) -> tuple[torch.dtype | None, ...]:
-    return tuple([None if t is None else t.dtype for t in tensors])
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _divisor(options: Options, tensors: Tensors, place: Walk) -> float:

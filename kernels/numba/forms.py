@@ -25,7 +25,7 @@ from .reduction import sum_all
 from .team import on_threads
 from .threads import Launcher
 
-__all__ = ["Form", "Loop", "opened", "sums_up"]
+__all__ = ["Loop", "address_in", "dtypes_of", "opened", "sums_up"]
 
 
 class Form(types.Type):
@@ -207,3 +207,12 @@ class Loop:
         self._launch(
             parts, self._function, form.buffer_info()[0], scale, sums, loss, divisor, units, group
         )
+
+
+def dtypes_of(tensors: tuple[torch.Tensor | None, ...]) -> tuple[torch.dtype | None, ...]:
+    return tuple([None if t is None else t.dtype for t in tensors])
+
+
+def address_in(tensor: torch.Tensor | None) -> int | None:
+    """Where in memory a tensor is, as a word of a form."""
+    return None if tensor is None else tensor.data_ptr()

@@ -17,7 +17,7 @@ from ..reference import loss as torchs
 from ..rowwise import Rows, divisor_of, empty_grads, rows_of
 from . import memory
 from .compiler import dtype_name, kernel, loop, summing_kernel
-from .forms import Loop, opened, sums_up
+from .forms import Loop, address_in, dtypes_of, opened, sums_up
 from .labels import is_label, label_of, numbers_of_row
 from .pointers import load_each_or_one, moved, store_each, store_products
 from .record import Values, finish, fold, slopes
@@ -141,8 +141,8 @@ def _run(
         operation,
         record.settings,
         dtype_name(rows.compute),
-        *[_dtypes(each) for each in (rows.at_class, rows.of_row, grads)],
-        *_dtypes((values, upstream, loss)),
+        *[dtypes_of(each) for each in (rows.at_class, rows.of_row, grads)],
+        *dtypes_of((values, upstream, loss)),
     )
     numbers = np.array(record.values, np.float64)
     steps = np.array([(step, 0) for step in rows.steps], np.int64)
@@ -152,24 +152,16 @@ def _run(
     if loss is not None:
         sums, kept = memory.scratch(8 * -(-rows.number // group))
     words = [
-        numbers.ctypes.data, *map(_address, rows.at_class), *map(_address, rows.of_row),
-        _address(rows.label), _address(values), *map(_address, grads), _address(upstream),
+        numbers.ctypes.data, *map(address_in, rows.at_class), *map(address_in, rows.of_row),
+        address_in(rows.label), address_in(values), *map(address_in, grads), address_in(upstream),
         steps.ctypes.data, wrong.ctypes.data, rows.classes,
     ]  # fmt: skip
     parts = min(parts_for(rows.number * rows.classes, GRAIN), max(rows.number, 1))
-    compiled(parts, words, scale, sums, _address(loss), divisor, rows.number, group)
+    compiled(parts, words, scale, sums, address_in(loss), divisor, rows.number, group)
     del kept
     if wrong[0]:
         torchs(options, tensors)
         raise RuntimeError("target out of range")  # there was one, but no more
-
-
-def _dtypes(tensors: Tensors) -> tuple[torch.dtype | None, ...]:
-    return tuple([None if t is None else t.dtype for t in tensors])
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def forward(
