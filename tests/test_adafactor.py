@@ -27,7 +27,9 @@ SHAPES = (
 )  # fmt: skip
 if INTERPRETED:  # which takes milliseconds for a program
     OPTIONS = OPTIONS[::2]
-    SHAPES = ((), (7,), (1030,), (1, 9), (9, 1), (2, 3, 3), (2, 40, 5), (6, 300), (520, 2))
+    SHAPES = (
+        (), (7,), (1030,), (1, 9), (9, 1), (2, 3, 3), (2, 40, 5), (300, 40), (2, 4100), (520, 2),
+    )  # fmt: skip
 DOUBLE = torch.float64
 
 
@@ -41,7 +43,7 @@ def filled(*dtypes: torch.dtype) -> list[Parameter]:
 def test_inputs(options: dict[str, Any], foreach: bool | None, dtype: torch.dtype) -> None:
     """Torch's table of them."""
     race = Race("Adafactor", filled(dtype), {**options, "foreach": foreach})
-    for missing in ((1, 5), (), (0, 7), ()):
+    for missing in ((1, 5), (), (0, len(SHAPES) - 4), ()):
         race.step(missing)
     race.check()
     assert [d.backend for d in fastopt.explain(race.ours)] == [BACKEND, BACKEND]
@@ -130,6 +132,14 @@ def test_extreme_gradients(dtype: torch.dtype) -> None:
         assert p.isfinite().all()
         close = 1e-5 if dtype == torch.float32 else 4e-3
         torch.testing.assert_close(p.double(), c, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("shape", [(1 << 30, 2), (2, 1 << 30), (1 << 31,)], ids=str)
+def test_sizes_too_large_for_a_gpu(shape: tuple[int, ...]) -> None:
+    """Rows and columns are counted in 32 bits there, the elements of a vector are not."""
+    optimizer = Adafactor([Parameter(torch.empty(shape, device="meta"))])
+    refused = "2**30 rows or columns" in str(fastopt.explain(optimizer))
+    assert refused == (len(shape) > 1)
 
 
 def test_zero_gradients() -> None:

@@ -67,13 +67,14 @@ def test_machine_code(machine: str, dtype: torch.dtype, matrices: bool) -> None:
         if code.name != "change_blocks":
             continue
         elements = code.constants["BLOCK"] // code.threads
-        for kind, place in (("load", "tl.load(places)"), ("store", "tl.store(params + offset")):
-            if kind == "store" and not code.constants["UPDATES"]:
-                continue
+        places = ["param = read(", "grad = read("]
+        if code.constants["UPDATES"]:
+            places.append("tl.store(params + offset")
+        for place in places:
             widths = [
                 i.access[1]
                 for i in code.instructions
-                if i.access and i.access[0] == kind and place in i.statement
+                if i.access
+                and (i.statement.startswith(place) or (i.caller or "").startswith(place))
             ]
-            wide = min(16, elements * dtype.itemsize)
-            assert max(widths) >= wide, (code, kind)
+            assert max(widths) >= min(16, elements * dtype.itemsize), (code, place)

@@ -338,8 +338,9 @@ def test_hooks_on_saved_tensors_keep_no_gradient() -> None:
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_second_derivatives_and_transforms(reduction: str) -> None:
-    x, w, b = leaf(4, 2), leaf(5, 2), leaf(5)
-    target = torch.tensor([0, 4, -100, 2])
+    rows, features = (4, 2) if INTERPRETED else (6, 3)
+    x, w, b = leaf(rows, features), leaf(5, features), leaf(5)
+    target = torch.tensor([0, 4, 1, -100, 2, 2])[:rows]
 
     def call(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return served(x, w, target, linear_bias=b, reduction=reduction)

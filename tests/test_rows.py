@@ -362,8 +362,10 @@ def test_special_values(name: str, options: dict[str, Any], dtype: torch.dtype) 
     tensors[0][:, 1] = first
     tensors[-1][:, 1 if len(tensors) > 1 else 2] = second
     given = rest(name, (len(first), 4), dtype, options)
-    # what is left of a difference of sums as large as the values, each rounded several times
-    close = {"rtol": 1.3e-6, "atol": 8 * 90 * torch.finfo(dtype).eps}
+    close = {}
+    if name == "triplet_margin_loss" and dtype == torch.float32:
+        # what is left of a difference of sums as large as the values, each rounded several times
+        close = {"rtol": 1.3e-6, "atol": 8 * 90 * torch.finfo(dtype).eps}
     for reduction in ("none", "mean"):
         arguments = (name, wanted(tuple(tensors)), {**given, "reduction": reduction})
         torch.testing.assert_close(

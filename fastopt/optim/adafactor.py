@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import _to_scalar
 
 from .. import formula as m
+from ..dispatch import insisted
 from ..kernels.layout import same_layout
 from ..kernels.operation import Update
 from ..kernels.tables import Averaged, Tables
@@ -140,7 +141,8 @@ class Adafactor(PlannedStep, torch.optim.Adafactor):
             return "a parameter without elements, by whose number torch divides"
         if param.grad is not None and param.grad.dtype != param.dtype:
             return "a gradient of another dtype than the parameter's"
-        if max(param.shape[-2:], default=0) >= 1 << 30:
+        on_gpu = param.device.type != "cpu" or insisted() == "triton"
+        if on_gpu and param.dim() > 1 and max(param.shape[-2:]) >= 1 << 30:
             return "a matrix with 2**30 rows or columns, or more"
         return None if param.is_contiguous() else "a parameter that isn't contiguous"
 

@@ -20,7 +20,7 @@ from numba.extending import intrinsic, register_model
 
 from .compiler import address_of, dtype_name, kernel, optional_pointer, pointer, region
 from .pointer import AddressModel, Pointer, store
-from .record import RecordType, Values
+from .record import RecordType, Values, emit_record
 from .reduction import sum_all
 from .team import on_threads
 from .threads import Launcher
@@ -88,14 +88,7 @@ def opened(typingctx: Any, form: Any, scale: Any) -> Any:
             return context.get_dummy_value()
 
         numbers = builder.inttoptr(read(), ir.DoubleType().as_pointer())
-        records = []
-        for typ in (narrow, exact):
-            record = ir.Constant(context.get_value_type(typ), ir.Undefined)
-            for k in range(len(values.record.numbers)):
-                number = builder.load(builder.gep(numbers, [ir.Constant(word, k)]))
-                number = context.cast(builder, number, types.float64, typ.compute)
-                record = builder.insert_value(record, number, k)
-            records.append(record)
+        records = [emit_record(context, builder, typ, numbers) for typ in (narrow, exact)]
         groups = [
             context.make_tuple(builder, group, [address(typ) for typ in group])
             for group in form.groups

@@ -30,8 +30,8 @@ from .pointer import AddressModel, unbox_address
 from .reach import body_of
 
 __all__ = [
-    "RecordType", "Values", "at_step", "completed", "finish", "fold", "moved", "next_numbers",
-    "rate_of", "read_record", "row_at", "slopes", "update", "value_and_slopes",
+    "RecordType", "Values", "at_step", "completed", "emit_record", "finish", "fold", "moved",
+    "next_numbers", "rate_of", "read_record", "row_at", "slopes", "update", "value_and_slopes",
 ]  # fmt: skip
 
 
@@ -103,6 +103,16 @@ def _get(context: Any, builder: Any, typ: RecordType, value: Any, attribute: str
     return builder.extract_value(value, typ.numbers.index(attribute))
 
 
+def emit_record(context: Any, builder: Any, record: RecordType, base: Any) -> Any:
+    """The record whose numbers, float64 ones, begin at a pointer to such."""
+    result = ir.Constant(context.get_value_type(record), ir.Undefined)
+    for k in range(len(record.record.numbers)):
+        number = builder.load(builder.gep(base, [ir.Constant(ir.IntType(64), k)]))
+        number = context.cast(builder, number, types.float64, record.compute)
+        result = builder.insert_value(result, number, k)
+    return result
+
+
 @intrinsic
 def read_record(typingctx: Any, values: Any, like: Any) -> Any:
     """The record whose numbers are at an address, in the dtype of the number `like`."""
@@ -110,12 +120,7 @@ def read_record(typingctx: Any, values: Any, like: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         base = builder.bitcast(args[0], ir.DoubleType().as_pointer())
-        result = ir.Constant(context.get_value_type(record), ir.Undefined)
-        for k in range(len(values.record.numbers)):
-            number = builder.load(builder.gep(base, [ir.Constant(ir.IntType(64), k)]))
-            number = context.cast(builder, number, types.float64, like)
-            result = builder.insert_value(result, number, k)
-        return result
+        return emit_record(context, builder, record, base)
 
     return record(values, like), codegen
 

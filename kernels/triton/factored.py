@@ -27,7 +27,7 @@ from .factored_loops import (
     row_means,
     set_rates,
 )
-from .multi_tensor import Launches, block_shape
+from .multi_tensor import Launches, block_shape, describe_programs
 from .record import formula_of
 
 __all__ = ["describe_factored", "launcher"]
@@ -162,9 +162,5 @@ def launcher(
 
 def describe_factored(param: torch.dtype, sizes: list[int]) -> str:
     """How a bucket runs, in words."""
-    block, threads = _block_shape(param)
-    programs = sum(-(-size // block) for size in sizes)
-    return (
-        f"{len(sizes):,} tensors in each of several launches, of up to {programs:,} programs, "
-        f"{block} elements and {threads} threads each"
-    )
+    programs = describe_programs(_block_shape(param), sizes)
+    return f"{len(sizes):,} tensors in each of several launches, of up to {programs}"

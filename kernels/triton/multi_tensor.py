@@ -291,9 +291,11 @@ def launcher(
 
 def describe_step(param: torch.dtype, sizes: list[int]) -> str:
     """How a bucket runs, in words."""
-    block, threads = block_shape(param)
+    return f"{len(sizes):,} tensors in one launch of {describe_programs(block_shape(param), sizes)}"
+
+
+def describe_programs(shape: tuple[int, int], sizes: list[int]) -> str:
+    """How many there are, of so many elements and threads each."""
+    block, threads = shape
     programs = sum(-(-size // block) for size in sizes)
-    return (
-        f"{len(sizes):,} tensors in one launch of {programs:,} programs, {block} elements and "
-        f"{threads} threads each"
-    )
+    return f"{programs:,} programs, {block} elements and {threads} threads each"
