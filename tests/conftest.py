@@ -26,10 +26,14 @@ from fastopt.nn import functional
 
 if DEVICE != "cpu":
     torch.set_default_device(DEVICE)
-if INTERPRETED:  # not only for who insists on it
+if INTERPRETED:
+    import interpreted
+
+    # not only for who insists on it
     triton = dispatch.BACKENDS["triton"]
     on_cpu = dispatch.BACKENDS["numba"].rules[0]
     dispatch.BACKENDS["triton"] = triton._replace(rules=(on_cpu, *triton.rules[1:]))
+    interpreted.hasten()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,0 +1,38 @@
+"""Triton's interpreter, made quick enough for thousands of tests.
+
+At every call of a function it looks through all of `triton.language` for what it replaces there,
+for every value it makes a table of dtypes anew, and every sum of 32-bit integers it computes once
+more in 64: that was two thirds of what these tests take. Here replacements are made once and stay
+as long as the process, dtypes are remembered, and numbers of tests' sizes don't overflow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import triton.language as tl
+from triton.language import core  # noqa: F401  `example` sees it
+from triton.runtime import interpreter
+
+
+def hasten() -> None:
+    """To be called once, before any kernel runs."""
+
+    def example() -> None:
+        """What it sees is where functions are replaced: `tl`, and what Triton's own see, `core`."""
+
+    interpreter._patch_lang(example)
+    interpreter._patch_lang = lambda function: interpreter._LangPatchScope()  # nothing is left
+    theirs = interpreter._get_np_dtype
+    remembered = functools.cache(theirs)
+
+    def dtype_of(kind: Any) -> Any:
+        scalar = kind.scalar
+        # those of pointers can't be hashed, and cost no table
+        return remembered(scalar) if type(scalar) is tl.dtype else theirs(scalar)
+
+    interpreter._get_np_dtype = dtype_of
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
