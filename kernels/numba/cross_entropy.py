@@ -27,7 +27,7 @@ from ..reference import out_of_bounds
 from . import memory
 from .compiler import dtype_name, optional_pointer, pointer, specialise
 from .pointer import LINE
-from .softmax import check_targets
+from .softmax import EACH, NOTHING, SUM, check_targets
 from .softmax_long import SEGMENT, softmax_long
 from .softmax_rows import BLOCK, GROUP, apart, softmax_rows
 from .softmax_tiles import softmax_tiles
@@ -131,9 +131,23 @@ def _target_check(target: torch.dtype, weight: torch.dtype | None) -> Any:
     )
 
 
+#: A grad_output of 1, in each dtype that one may have, and where it is.
+_ONE = {
+    torch.float64: np.ones(1),
+    torch.float32: np.ones(1, np.float32),
+    torch.float16: np.ones(1, np.float16),
+    torch.bfloat16: np.array([0x3F80], np.uint16),
+}
+_AT = {dtype: one.ctypes.data for dtype, one in _ONE.items()}
+
+
 @functools.cache
 def _launcher(loop: Any, over: bool, *dtypes: torch.dtype | None) -> Launcher:
-    """over: whether the gradient is written over the logits; dtypes: in the order of `run`."""
+    """over: whether the gradient is written over the logits; dtypes: in the order of `run`.
+
+    What is read or written once a position is there in every call, wanted or not, so that there
+    are few forms to be compiled.
+    """
     compute = "float64" if dtypes[0] == torch.float64 else "float32"
     widths = [compute] * 5 + ["float64", compute, compute, "float64", "float64"]
     slots = [optional_pointer(d, k, w) for k, (d, w) in enumerate(zip(dtypes, widths, strict=True))]
@@ -146,10 +160,10 @@ def _launcher(loop: Any, over: bool, *dtypes: torch.dtype | None) -> Launcher:
     if loop is not softmax_tiles:
         exps = types.none if not over and _in_place(dtypes[0], dtypes[6]) else scratch[1]
         lines = scratch[5:8] if loop is softmax_rows else scratch[5:9]
-        last = (double, double, number, *[types.intp] * 8)
+        last = (double, double, number, *[types.intp] * 10)
         return Launcher(loop, *slots, double, scratch[0], exps, *lines, *last)
     del slots[7], slots[2]
-    last = (double, double, double, number, *[types.intp] * 12)
+    last = (double, double, double, number, *[types.intp] * 14)
     return Launcher(loop, *slots, double, pointer("int64", 2), *scratch, *last)
 
 
@@ -179,16 +193,21 @@ def run(
     x = call.axis
     rows = x.outer * x.inner
     divisor = call.denominator or math.nan  # the mean of nothing is NaN, as torch's
+    exact = losses is not None and losses.dtype == torch.float64
+    each, step = losses is not None and not exact, upstream is not None
+    wanted = EACH if each else NOTHING if losses is None and loss is None else SUM
     tensors = (
-        call.input, call.target, call.probability, call.weight, call.smooth, losses, grad,
-        t_grad, upstream, loss,
+        call.input, call.target, call.probability, call.weight, call.smooth,
+        losses if exact else None, grad, t_grad, upstream, losses if each else loss,
     )  # fmt: skip
     dtypes = [None if t is None else t.dtype for t in tensors]
     addresses = [None if t is None else t.data_ptr() for t in tensors]
     over = grad is call.input
-    ends = 0 if loss is None else 8 * apart.py_func(rows)
-    if loss is not None:  # the positions' losses are only on the way to it
-        dtypes[5] = torch.float64
+    # The positions' losses, before they are narrowed or added up.
+    ends, dtypes[5] = 0 if exact else 8 * apart.py_func(rows), torch.float64
+    dtypes[9] = dtypes[9] or dtypes[8] or call.input.dtype
+    if not step:
+        dtypes[8], addresses[8] = dtypes[9], _AT[dtypes[9]]
     by_row = x.class_stride == 1 and (
         x.classes >= LONG_ROW[call.input.itemsize] or call.target is None
     )
@@ -198,22 +217,22 @@ def run(
     size = 8 if call.input.dtype == torch.float64 else 4
     if by_row:
         t = x if call.probability is None else _axis(call.probability)
-        loop, lines, each, copies = softmax_rows, 3, parts * GROUP, parts
+        loop, lines, line, copies = softmax_rows, 3, parts * GROUP, parts
         if shared:
-            loop, lines, each, copies = softmax_long, 4, pieces, rows
+            loop, lines, line, copies = softmax_long, 4, pieces, rows
         # Logits that the gradient is written over have to be there until all of a row are read.
         in_place = not over and _in_place(dtypes[0], dtypes[6])
         blocks, row = (apart.py_func(n) for n in (-(-x.classes // BLOCK), x.classes))
         kept = copies * (blocks + (not in_place) * row) * size
-        bad, held = memory.scratch(LINE + ends + 8 * lines * each + kept)
+        bad, held = memory.scratch(LINE + ends + 8 * lines * line + kept)
         start = bad + LINE
-        addresses[5] = addresses[5] if loss is None else start
-        sums = range(start + ends, start + ends + 8 * lines * each, 8 * each)
-        shifts = start + ends + 8 * lines * each
+        addresses[5], addresses[9] = addresses[5] or start, addresses[9] or bad + 8
+        sums = range(start + ends, start + ends + 8 * lines * line, 8 * line)
+        shifts = start + ends + 8 * lines * line
         exps = None if in_place else shifts + copies * blocks * size
         good = _launcher(loop, over, *dtypes)(
-            parts, *addresses, bad, divisor, shifts, exps, *sums, call.hard, scale, 0.0,
-            call.ignore_index, x.classes, x.inner, rows, x.outer_stride, x.inner_stride,
+            parts, *addresses, bad, divisor, shifts, exps, *sums, call.hard, scale, 0.0, wanted,
+            step, call.ignore_index, x.classes, x.inner, rows, x.outer_stride, x.inner_stride,
             t.outer_stride, t.inner_stride,
         )  # fmt: skip
         del held
@@ -224,7 +243,7 @@ def run(
     line = parts * pitch
     bad, held = memory.scratch(LINE + ends + line * ((x.classes + 4) * size + 6 * 8))
     start = bad + LINE
-    addresses[5] = addresses[5] if loss is None else start
+    addresses[5], addresses[9] = addresses[5] or start, addresses[9] or bad + 8
     start += ends
     numbers = start + line * 6 * 8  # those of eight bytes come first, for their alignment
     first = numbers + line * x.classes * size
@@ -234,8 +253,8 @@ def run(
     g = dense_axis(x)
     del addresses[7], addresses[2]
     good = _launcher(softmax_tiles, over, *dtypes)(
-        parts, *addresses, bad, divisor, start, *columns, call.hard, mass, scale, 0.0,
-        call.ignore_index, x.classes, x.inner, rows, x.outer_stride, x.inner_stride,
+        parts, *addresses, bad, divisor, start, *columns, call.hard, mass, scale, 0.0, wanted,
+        step, call.ignore_index, x.classes, x.inner, rows, x.outer_stride, x.inner_stride,
         x.class_stride, g.outer_stride, g.inner_stride, g.class_stride, width, pitch,
     )  # fmt: skip
     del held

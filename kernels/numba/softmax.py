@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .compiler import entry, inlined
+from .compiler import entry, inlined, kernel
 from .pointer import load, store
 
 
@@ -52,6 +52,17 @@ def chosen_gradient(p: float, share: float, mass: float, smooth: float) -> float
     is near 1, which random logits never show and trained models always do.
     """
     return (mass + share) * p - share - smooth
+
+
+# What a call wants of the positions' losses: nothing, their sum, each.
+NOTHING, SUM, EACH = 0, 1, 2
+
+
+@kernel
+def give_each(out: Any, losses: Any, r: int, count: int) -> None:
+    """out = losses of positions, narrowed."""
+    for j in range(count):
+        store(out, r + j, load(losses, r + j))
 
 
 @entry

@@ -14,7 +14,16 @@ import numpy as np
 from .compiler import inlined, kernel, region
 from .pointer import load, store
 from .reduction import sum_all
-from .softmax import chosen_coefficients, chosen_gradient, chosen_loss, read_label
+from .softmax import (
+    EACH,
+    NOTHING,
+    SUM,
+    chosen_coefficients,
+    chosen_gradient,
+    chosen_loss,
+    give_each,
+    read_label,
+)
 from .softmax_rows import (
     BLOCK,
     row_coefficients,
@@ -130,12 +139,12 @@ def gradient_part(
 @region
 def softmax_long(
     parts: int, x: Any, target: Any, probability: Any, weight: Any, smooth: Any, losses: Any,
-    grad: Any, t_grad: Any, upstream: Any, loss: Any, bad: Any, divisor: float, shifts: Any,
+    grad: Any, t_grad: Any, upstream: Any, out: Any, bad: Any, divisor: float, shifts: Any,
     exps: Any, tops: Any, totals: Any, masses: Any, dots: Any, hard: float, scale: float,
-    zero: Any, ignore_index: int, classes: int, inner: int, rows: int, x_outer: int, x_inner: int,
-    t_outer: int, t_inner: int,
+    zero: Any, wanted: int, step: int, ignore_index: int, classes: int, inner: int, rows: int,
+    x_outer: int, x_inner: int, t_outer: int, t_inner: int,
 ) -> bool:  # fmt: skip
-    """Arguments: see cross_entropy.run. Whether all class indices were in range.
+    """Arguments: see cross_entropy.run and softmax_rows. Whether all class indices were in range.
 
     Scratch memory: shifts, for every block; exps, for every class, or None if the gradient's own
     memory can hold them; tops, totals, masses and dots, for every segment.
@@ -161,14 +170,12 @@ def softmax_long(
             if target is not None:
                 share, label_smooth = chosen_coefficients(label, hard, weight, smooth)
                 value += chosen_loss(load(x, row + label), top, log_total, share)
-            factor = scale
-            if upstream is not None:
-                factor *= np.float64(load(upstream, r))
+            factor = scale * np.float64(load(upstream, r * step))
             if target is not None and grad is not None:
                 e = load(grad, at + label) if exps is None else load(exps, at + label)
                 p = np.float64(e) * since(load(shifts, r * blocks + label // BLOCK), top) / total
                 g = factor * chosen_gradient(p, share, mass, label_smooth)
-        if losses is not None:
+        if wanted != NOTHING:
             store(losses, r, value)
         if t_grad is not None:
             g = log(total)  # there is no class index, which g would be the gradient of
@@ -186,7 +193,9 @@ def softmax_long(
             target, probability, weight, smooth, grad, bad, shifts, exps, tops, totals, masses,
             dots, zero, ignore_index, classes, inner, rows, t_outer, t_inner,
         ))  # fmt: skip
-    if loss is not None:
-        store(loss, 0, sum_all(losses, rows) / divisor)
+    if wanted == EACH:
+        give_each(out, losses, 0, rows)
+    elif wanted == SUM:
+        store(out, 0, sum_all(losses, rows) / divisor)
     good: bool = load(bad, 0) == 0
     return good

@@ -16,7 +16,16 @@ import numpy as np
 from .compiler import inlined, kernel, region, summing_kernel
 from .pointer import from_bits, load, load_bits, per_line, prefetch, store
 from .reduction import sum_all
-from .softmax import chosen_coefficients, chosen_gradient, chosen_loss, read_label
+from .softmax import (
+    EACH,
+    NOTHING,
+    SUM,
+    chosen_coefficients,
+    chosen_gradient,
+    chosen_loss,
+    give_each,
+    read_label,
+)
 from .team import on_threads
 from .vector_math import cast, exp_below_one, log
 
@@ -211,8 +220,9 @@ def losses_of(
 def softmax_rows_part(
     part: int, parts: int, x: Any, target: Any, probability: Any, weight: Any, smooth: Any,
     losses: Any, grad: Any, t_grad: Any, upstream: Any, bad: Any, shifts: Any, exps: Any,
-    plain: Any, masses: Any, totals: Any, hard: float, scale: float, zero: Any, ignore_index: int,
-    classes: int, inner: int, rows: int, x_outer: int, x_inner: int, t_outer: int, t_inner: int,
+    out: Any, plain: Any, masses: Any, totals: Any, hard: float, scale: float, zero: Any,
+    wanted: int, step: int, ignore_index: int, classes: int, inner: int, rows: int, x_outer: int,
+    x_inner: int, t_outer: int, t_inner: int,
 ) -> None:  # fmt: skip
     blocks = (classes + BLOCK - 1) // BLOCK
     first, kept = part * apart(blocks), part * apart(classes)
@@ -245,12 +255,10 @@ def softmax_rows_part(
                 share, label_smooth = chosen_coefficients(label, hard, weight, smooth)
                 value = chosen_loss(load(x, row + label), top, 0.0, share)
             value -= dot
-            factor, out = scale, r * classes
-            if upstream is not None:
-                factor *= np.float64(load(upstream, r))
+            factor, g_row = scale * np.float64(load(upstream, r * step)), r * classes
             if t_grad is not None:
                 target_gradient(
-                    x, row, weight, t_grad, out, 0, classes, top, cast(log(total), zero),
+                    x, row, weight, t_grad, g_row, 0, classes, top, cast(log(total), zero),
                     cast(factor, zero),
                 )  # fmt: skip
             if grad is not None:
@@ -260,33 +268,38 @@ def softmax_rows_part(
                     shift = load(shifts, first + label // BLOCK)
                     p = np.float64(e) * since(shift, top) / total
                 row_gradient(
-                    exps, at, shifts, first, probability, weight, smooth, base, grad, out,
+                    exps, at, shifts, first, probability, weight, smooth, base, grad, g_row,
                     0, classes, top, factor * (mass + share) / total, cast(factor, zero),
                 )  # fmt: skip
                 if target is not None:
                     g = chosen_gradient(p, share, mass, label_smooth)
-                    store(grad, out + label, cast(factor * g, zero))
+                    store(grad, g_row + label, cast(factor * g, zero))
             mass += share
         elif grad is not None:
             skip_row(grad, r * classes, classes, zero)
-        if losses is not None:
+        if wanted != NOTHING:
             j = (r - start) % GROUP
             store(plain, group + j, value)
             store(masses, group + j, mass)
             store(totals, group + j, total)
             if j == GROUP - 1 or r == end - 1:
                 losses_of(losses, r - j, j + 1, plain, masses, totals, group)
+                if wanted == EACH:
+                    give_each(out, losses, r - j, j + 1)
 
 
 @region
 def softmax_rows(
     parts: int, x: Any, target: Any, probability: Any, weight: Any, smooth: Any, losses: Any,
-    grad: Any, t_grad: Any, upstream: Any, loss: Any, bad: Any, divisor: float, shifts: Any,
-    exps: Any,
-    plain: Any, masses: Any, totals: Any, hard: float, scale: float, zero: Any, ignore_index: int,
-    classes: int, inner: int, rows: int, x_outer: int, x_inner: int, t_outer: int, t_inner: int,
+    grad: Any, t_grad: Any, upstream: Any, out: Any, bad: Any, divisor: float, shifts: Any,
+    exps: Any, plain: Any, masses: Any, totals: Any, hard: float, scale: float, zero: Any,
+    wanted: int, step: int, ignore_index: int, classes: int, inner: int, rows: int, x_outer: int,
+    x_inner: int, t_outer: int, t_inner: int,
 ) -> bool:  # fmt: skip
     """Arguments: see cross_entropy.run. Whether all class indices were in range.
+
+    losses has room for every position's; out gets what is `wanted` of them; upstream is one number
+    for all positions (step 0) or one for each (step 1).
 
     Scratch memory: shifts, the number of its blocks a part, and exps, a row a part, or None if
     the gradient's own memory can hold them, both `apart`; plain, masses and totals, GROUP a part.
@@ -294,10 +307,10 @@ def softmax_rows(
     store(bad, 0, 0)
     on_threads(softmax_rows_part, parts, (
         x, target, probability, weight, smooth, losses, grad, t_grad, upstream, bad, shifts, exps,
-        plain, masses, totals, hard, scale, zero, ignore_index, classes, inner, rows, x_outer,
-        x_inner, t_outer, t_inner,
+        out, plain, masses, totals, hard, scale, zero, wanted, step, ignore_index, classes, inner,
+        rows, x_outer, x_inner, t_outer, t_inner,
     ))  # fmt: skip
-    if loss is not None:
-        store(loss, 0, sum_all(losses, rows) / divisor)
+    if wanted == SUM:
+        store(out, 0, sum_all(losses, rows) / divisor)
     good: bool = load(bad, 0) == 0
     return good

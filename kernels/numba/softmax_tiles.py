@@ -14,7 +14,16 @@ import numpy as np
 from .compiler import kernel, region
 from .pointer import SIDE, load, store, turn
 from .reduction import sum_all
-from .softmax import chosen_coefficients, chosen_gradient, chosen_loss, read_label
+from .softmax import (
+    EACH,
+    NOTHING,
+    SUM,
+    chosen_coefficients,
+    chosen_gradient,
+    chosen_loss,
+    give_each,
+    read_label,
+)
 from .team import on_threads
 from .vector_math import cast, exp_below_one, log
 
@@ -165,17 +174,22 @@ def losses_of(
 @kernel
 def factors_of(
     upstream: Any, r: int, scale: float, count: int, tops: Any, sums: Any, totals: Any,
-    exps: Any, shares: Any, masses: Any, smooths: Any, smooth: Any, t: int, zero: Any,
+    dots: Any, exps: Any, shares: Any, masses: Any, smooths: Any, smooth: Any, t: int, zero: Any,
+    step: int,
 ) -> None:  # fmt: skip
     """What the gradients need, where other numbers have served.
 
-    sums gets what a position's exponentials are to be multiplied by, tops its factor, and
+    sums gets what a position's exponentials are to be multiplied by, dots and tops its factor, and
     totals the gradient at the class index (as softmax.chosen_gradient has it).
     """
+    if step:
+        for j in range(count):
+            store(dots, t + j, scale * np.float64(load(upstream, r + j)))
+    else:
+        for j in range(count):
+            store(dots, t + j, scale * np.float64(load(upstream, 0)))
     for j in range(count):
-        factor = scale
-        if upstream is not None:
-            factor *= np.float64(load(upstream, r + j))
+        factor = load(dots, t + j)
         total, share, mass, label_smooth = load(totals, t + j), load(shares, t + j), 0.0, 0.0
         if smooth is not None:
             mass, label_smooth = load(masses, t + j), load(smooths, t + j)
@@ -204,10 +218,11 @@ def write_labels(
 @kernel
 def tiles_part(
     part: int, parts: int, x: Any, target: Any, weight: Any, smooth: Any, losses: Any, grad: Any,
-    upstream: Any, bad: Any, labels: Any, tile: Any, tops: Any, sums: Any, chosen: Any, exps: Any,
-    totals: Any, dots: Any, shares: Any, masses: Any, smooths: Any, hard: float, mass: float,
-    scale: float, zero: Any, ignore_index: int, classes: int, inner: int, rows: int, x_outer: int,
-    x_inner: int, x_class: int, g_outer: int, g_inner: int, g_class: int, width: int, pitch: int,
+    upstream: Any, out: Any, bad: Any, labels: Any, tile: Any, tops: Any, sums: Any, chosen: Any,
+    exps: Any, totals: Any, dots: Any, shares: Any, masses: Any, smooths: Any, hard: float,
+    mass: float, scale: float, zero: Any, wanted: int, step: int, ignore_index: int, classes: int,
+    inner: int, rows: int, x_outer: int, x_inner: int, x_class: int, g_outer: int, g_inner: int,
+    g_class: int, width: int, pitch: int,
 ) -> None:  # fmt: skip
     per_outer = (inner + width - 1) // width
     tiles = rows // inner * per_outer
@@ -226,18 +241,18 @@ def tiles_part(
             mass, ignore_index, bad, count, classes, labels, chosen, exps, shares, masses,
             smooths, t,
         )  # fmt: skip
-        if losses is not None:
-            losses_of(
-                losses, r, count, tops, totals, dots, chosen, shares, masses, smooth, t
-            )  # fmt: skip
+        if wanted != NOTHING:
+            losses_of(losses, r, count, tops, totals, dots, chosen, shares, masses, smooth, t)
             if not complete:
                 for j in range(count):
                     if load(labels, t + j) < 0:
                         store(losses, r + j, 0.0)
+            if wanted == EACH:
+                give_each(out, losses, r, count)
         if grad is not None:
             factors_of(
-                upstream, r, scale, count, tops, sums, totals, exps, shares, masses, smooths,
-                smooth, t, zero,
+                upstream, r, scale, count, tops, sums, totals, dots, exps, shares, masses, smooths,
+                smooth, t, zero, step,
             )  # fmt: skip
             copy_out(
                 grad, g_start, g_class, g_inner, tile, at, pitch, count, classes, sums, tops,
@@ -251,13 +266,13 @@ def tiles_part(
 @region
 def softmax_tiles(
     parts: int, x: Any, target: Any, weight: Any, smooth: Any, losses: Any, grad: Any,
-    upstream: Any, loss: Any, bad: Any, divisor: float, labels: Any, tile: Any, tops: Any,
+    upstream: Any, out: Any, bad: Any, divisor: float, labels: Any, tile: Any, tops: Any,
     sums: Any, chosen: Any, exps: Any, totals: Any, dots: Any, shares: Any, masses: Any,
-    smooths: Any, hard: float, mass: float, scale: float, zero: Any, ignore_index: int,
-    classes: int, inner: int, rows: int, x_outer: int, x_inner: int, x_class: int, g_outer: int,
-    g_inner: int, g_class: int, width: int, pitch: int,
+    smooths: Any, hard: float, mass: float, scale: float, zero: Any, wanted: int, step: int,
+    ignore_index: int, classes: int, inner: int, rows: int, x_outer: int, x_inner: int,
+    x_class: int, g_outer: int, g_inner: int, g_class: int, width: int, pitch: int,
 ) -> bool:  # fmt: skip
-    """Arguments: see cross_entropy.run. mass is the sum over `smooth`.
+    """Arguments: see cross_entropy.run and softmax_rows. mass is the sum over `smooth`.
 
     Whether all class indices were in range. labels, tile, tops, sums, chosen, exps, totals, dots,
     shares, masses and smooths are scratch memory, `pitch` numbers a part (tile: a part and class),
@@ -265,11 +280,12 @@ def softmax_tiles(
     """
     store(bad, 0, 0)
     on_threads(tiles_part, parts, (
-        x, target, weight, smooth, losses, grad, upstream, bad, labels, tile, tops, sums, chosen,
-        exps, totals, dots, shares, masses, smooths, hard, mass, scale, zero, ignore_index, classes,
-        inner, rows, x_outer, x_inner, x_class, g_outer, g_inner, g_class, width, pitch,
+        x, target, weight, smooth, losses, grad, upstream, out, bad, labels, tile, tops, sums,
+        chosen, exps, totals, dots, shares, masses, smooths, hard, mass, scale, zero, wanted, step,
+        ignore_index, classes, inner, rows, x_outer, x_inner, x_class, g_outer, g_inner, g_class,
+        width, pitch,
     ))  # fmt: skip
-    if loss is not None:
-        store(loss, 0, sum_all(losses, rows) / divisor)
+    if wanted == SUM:
+        store(out, 0, sum_all(losses, rows) / divisor)
     good: bool = load(bad, 0) == 0
     return good
