@@ -96,9 +96,17 @@ def test_elementwise(kind: Any, machine: str) -> None:
     check(tuple(codes), "flat_blocks", FLOAT)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("record", ROWS, ids=str)
-@pytest.mark.parametrize("machine", MACHINES)
+#: Every formula with every machine and with every shape, but all three for sm_90 alone.
+COMBINED = [
+    (machine, record, shape)
+    for i, machine in enumerate(MACHINES)
+    for j, record in enumerate(ROWS)
+    for k, shape in enumerate(SHAPES)
+    if machine == "sm_90" or (i + j + k) % 3 == 0
+]
+
+
+@pytest.mark.parametrize(("machine", "record", "shape"), COMBINED, ids=str)
 def test_rows(machine: str, record: Any, shape: tuple[int, int]) -> None:
     check(codes_of_rows(machine, record, shape, FLOAT, "mean"), "row_tiles", FLOAT)
 

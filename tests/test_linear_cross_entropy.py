@@ -140,9 +140,17 @@ def case(
     return tensors, options
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", OPTIONS)
+#: All options with each dtype and with each reduction, but all three in float32 alone.
+COMBINED = [
+    (name, dtype, reduction)
+    for k, name in enumerate(OPTIONS)
+    for i, dtype in enumerate(DTYPES)
+    for j, reduction in enumerate(REDUCTIONS)
+    if dtype == torch.float32 or (k + i + j) % 3 == 0
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "reduction"), COMBINED, ids=str)
 def test_losses_and_gradients(name: str, dtype: torch.dtype, reduction: str) -> None:
     for rows, classes in SIZES:
         tensors, options = case(dtype, rows, classes, **OPTIONS[name])
