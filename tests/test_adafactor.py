@@ -240,6 +240,22 @@ def test_what_torch_refuses_in_a_step() -> None:
         assert results[0][0] is RuntimeError
 
 
+@pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
+def test_a_scale_left_to_the_step(name: str) -> None:
+    """Torch's steps without fused=True overlook it, but for this one."""
+    results = []
+    for module in (fastopt.optim, torch.optim):
+        (param,) = parameters(torch.float32, shapes=((3, 2),))
+        before = param.detach().clone()
+        param.grad = torch.ones_like(param)
+        optimizer = module.Adafactor([param])
+        setattr(optimizer, name, torch.ones(()))
+        results.append(outcome(optimizer.step))
+        assert torch.equal(param, before)
+    assert results[0] == results[1]
+    assert results[0][0] is AssertionError
+
+
 VALUES = [
     ("lr", 0.5), ("lr", torch.tensor(0.5, dtype=DOUBLE)), ("lr", "0.5"), ("lr", float("nan")),
     ("lr", None),

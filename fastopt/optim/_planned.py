@@ -72,6 +72,9 @@ class PlannedStep(Optimizer):
     #: whether torch takes tensors as hyperparameters with foreach=True and without capturable
     _foreach_takes_tensors: ClassVar[bool] = True
 
+    #: what torch says where a GradScaler leaves the division to this optimizer, if it minds
+    _unscaled_only: ClassVar[str | None] = None
+
     #: the norm that the gradients of a step are scaled down to, all alike; None if they aren't.
     max_grad_norm: float | None = None
     #: their norm before that, in the last step that had a max_grad_norm: a 0-d tensor
@@ -223,6 +226,8 @@ class PlannedStep(Optimizer):
         # Left here by a GradScaler, if fused=True.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if grad_scale is not None or found_inf is not None:
+            if self._unscaled_only is not None:
+                raise AssertionError(self._unscaled_only)
             if "fused" not in self.defaults:  # such a one of torch's doesn't look
                 grad_scale = found_inf = None
             elif not all(group.get("fused") for group in self.param_groups):

@@ -108,6 +108,7 @@ class Adafactor(PlannedStep, torch.optim.Adafactor):
     _record = AdafactorUpdate
     _sees_params = True
     _described_by = "describe_factored"
+    _unscaled_only = "Grad scaling should occur outside of optimizer.step()"
     _optional = ("eps",)
 
     def _hyper(self, group: dict[str, Any], begins: bool) -> AdafactorUpdate:

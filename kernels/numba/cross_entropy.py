@@ -132,7 +132,7 @@ def _target_check(target: torch.dtype, weight: torch.dtype | None) -> Any:
 
 
 #: A grad_output of 1, in each dtype that one may have, and where it is.
-_ONE = {
+_ONE: dict[torch.dtype | None, np.ndarray] = {
     torch.float64: np.ones(1),
     torch.float32: np.ones(1, np.float32),
     torch.float16: np.ones(1, np.float16),
