@@ -49,6 +49,7 @@ class OptimizerRow:
 
     Attributes:
         clip: the norm that gradients are scaled down to in the step, or before it.
+        touched: how many rows a gradient has, if it is sparse.
     """
 
     name: str
@@ -59,14 +60,20 @@ class OptimizerRow:
     dtype: torch.dtype = torch.float32
     quick: bool = False
     clip: float | None = None
+    touched: int = 0
 
     @property
     def size(self) -> int:
+        if self.touched:
+            return sum(self.touched * math.prod(shape[1:]) for shape in self.shapes)
         return sum(map(math.prod, self.shapes))
 
     @property
     def floor(self) -> int:
-        """Bytes: parameter and states read and written once, the gradient read once, or twice."""
+        """Bytes: parameter and states read and written once, the gradient read once, or twice.
+
+        Of a sparse gradient's rows only.
+        """
         kind: Any = KINDS[self.operation]
         param = Parameter(torch.empty(2, 2))
         param.grad = torch.empty(2, 2)
@@ -318,6 +325,9 @@ OPTIMIZERS = [
     OptimizerRow("Adafactor 300 tensors of 16", "Adafactor", ((16,),) * 300),
     OptimizerRow("Adafactor 1 matrix of 4096", "Adafactor", ((4096, 4096),), quick=True),
     OptimizerRow("Adafactor like GPT-2", "Adafactor", _GPT2),
+    OptimizerRow("SparseAdam 4096 of 50257 rows of 128", "SparseAdam", ((50_257, 128),),
+                 quick=True, touched=4096),
+    OptimizerRow("SparseAdam 64 of 50257 rows of 128", "SparseAdam", ((50_257, 128),), touched=64),
     OptimizerRow("AdamW like GPT-2", "AdamW", _GPT2),
     OptimizerRow("SGD like ResNet-50", "SGD", _RESNET50, _MOMENTUM),
 ]  # fmt: skip

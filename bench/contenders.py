@@ -69,7 +69,7 @@ def _optimizer(row: OptimizerRow, module: ModuleType, compiled: bool, **how: Any
     torch.manual_seed(0)
     params = [Parameter(torch.randn(s, dtype=row.dtype)) for s in row.shapes]
     for p in params:
-        p.grad = torch.randn_like(p)
+        p.grad = _rows_of(p, row.touched) if row.touched else torch.randn_like(p)
     groups = [{"params": params[k :: row.groups]} for k in range(row.groups)]
     limits = row.clip is not None and module is fastopt.optim
     how |= {"max_grad_norm": row.clip} if limits else {}
@@ -81,6 +81,13 @@ def _optimizer(row: OptimizerRow, module: ModuleType, compiled: bool, **how: Any
     return Contender(
         torch.compile(step) if compiled else step, lambda: [p.detach() for p in params]
     )
+
+
+def _rows_of(param: Parameter, count: int) -> torch.Tensor:
+    """A sparse gradient as an embedding has it for so many words, some of them the same."""
+    rows = torch.randint(len(param), (1, count))
+    values = torch.randn(count, *param.shape[1:])
+    return torch.sparse_coo_tensor(rows, values, param.shape, check_invariants=False)
 
 
 def _after_clipping(params: list[Parameter], most: float, step: Callable[[], Any]) -> Any:

@@ -23,8 +23,8 @@ def hasten() -> None:
     def example() -> None:
         """What it sees is where functions are replaced: `tl`, and what Triton's own see, `core`."""
 
-    interpreter._patch_lang(example)
-    interpreter._patch_lang = lambda function: interpreter._LangPatchScope()  # nothing is left
+    replaced = interpreter._patch_lang(example)
+    interpreter._patch_lang = lambda function: type(replaced)()  # with nothing to be put back
     theirs = interpreter._get_np_dtype
     remembered = functools.cache(theirs)
 

@@ -19,7 +19,7 @@ from numba.extending import overload
 from ..operation import Update
 from ..tables import Averaged, Launch, Tables
 from .compiler import FUNCTION_OPTIONS, dtype_name, kernel, pointer, region
-from .pointer import at, load, store
+from .pointer import at, load, prefetch, store
 from .pointers import as_stored, at_each, cast_for, load_each, store_each
 from .record import Values, at_step, completed, next_numbers, read_record, row_at, update
 from .team import on_threads
@@ -33,6 +33,9 @@ from .tuples import cast_each, zeros_for
 GRAIN = 65_536
 # Parts begin on multiples of this, so that no two threads write to one cache line.
 ALIGN = 64
+# How many tensors before their turn the first bytes of what is theirs are fetched: many small ones
+# lie anywhere in memory, and a training step's model has emptied the caches.
+AHEAD = 4
 # Elements that are updated before their average is: they are in the nearest cache then. In one loop
 # a compiler would join other products with sums than in a loop of the update alone, and the
 # parameters would have other bits.
@@ -109,6 +112,14 @@ def step_count(step: Any, table: Any, position: int) -> float:
 
 
 @kernel
+def fetch_tensors(table: Any, lines: int, tensors: int, t: int) -> None:
+    """Have the first bytes of all tensors in a column of the table fetched."""
+    if t < tensors:
+        for line in range(lines):
+            prefetch(at(table, load(table, line * tensors + t)), 0)
+
+
+@kernel
 def update_part(
     part: int, parts: int, rows: Any, row_of: Any, offsets: Any, table: Any, tensors: int,
     slots: Any, averages: Any, scalars: Any, grads: Any, step: Any, rule: Any,
@@ -132,6 +143,7 @@ def update_part(
         start = load(offsets, t)
         stop = min(load(offsets, t + 1), end)
         if stop > begin:
+            fetch_tensors(table, lines + 2, tensors, t + AHEAD)
             count_here = step_count(step, table, (lines + 1) * tensors + t)
             row_here = load(row_of, t)
             numbers_here = numbers_at(scalars, table, first * tensors + t, tensors)

@@ -21,6 +21,8 @@ from .tensors import (
     WORDS,
     address_of,
     bump_versions,
+    fetch_storage,
+    fetch_tensor,
     length,
     record_tensors,
     same_objects,
@@ -29,6 +31,9 @@ from .tensors import (
 )
 
 __all__ = ["Items", "Words", "available", "increment_versions"]
+
+#: How many tensors before their turn what is known of them is fetched.
+AHEAD = 8
 
 
 @kernel
@@ -75,11 +80,25 @@ def sort_spans(written: Any, writes: int, starts: Any, ends: Any, count: Any) ->
     return True
 
 
+@kernel
+def fetch_ahead(
+    things: Any, i: int, count: int, words: Any, type_at: int, tensor_at: int, storage_at: int
+) -> None:  # fmt: skip
+    """While the tensor things[i] is asked, have fetched what the next ones will be asked for."""
+    if i + AHEAD < count:
+        fetch_tensor(load(things, i + AHEAD), load(things, i), words, type_at, tensor_at)
+    if i + AHEAD // 2 < count:
+        fetch_storage(
+            load(things, i + AHEAD // 2), load(things, i), words, type_at, tensor_at, storage_at
+        )
+
+
 @locked_entry
 def look_at(
     written_list: int, grads_list: int, none: int, writes: int, written: Any, words: Any,
     tensors: int, grads: Any, grad_words: Any, starts: Any, ends: Any, count: Any, scratch: Any,
     scratch_at: int, functions: Any, type_at: int, tensor_at: int, items_at: int,
+    storage_at: int,
 ) -> int:  # fmt: skip
     """What `Words.look` answers.
 
@@ -106,6 +125,7 @@ def look_at(
             )  # fmt: skip
             if not same:
                 return DIFFERENT
+            fetch_ahead(things, i, writes, words, type_at, tensor_at, storage_at)
             found = address_of(
                 load(things, i), load(written, ITEMSIZE * writes + i),
                 load(written, BYTES * writes + i), scratch, scratch_at, functions, tensor_at,
@@ -129,6 +149,7 @@ def look_at(
             )  # fmt: skip
             if not same:
                 return DIFFERENT
+            fetch_ahead(items, g, tensors, words, type_at, tensor_at, storage_at)
             size = load(grads, BYTES * tensors + g)
             found = address_of(
                 load(items, g), load(grads, ITEMSIZE * tensors + g), size, scratch, scratch_at,
@@ -152,7 +173,7 @@ class _Compiled:
         )
         self.look = specialise(
             look_at, number, number, number, number, index, index, number, index, index, index,
-            index, index, index, number, index, number, number, number,
+            index, index, index, number, index, number, number, number, number,
         )  # fmt: skip
         self.same_objects = specialise(same_objects, number, number, index, number)
         self.bump = specialise(
@@ -204,6 +225,7 @@ class Words:
             grad_lines.ctypes.data, expected.ctypes.data, spans[0].ctypes.data,
             spans[1].ctypes.data, count.ctypes.data, scratch, scratch,
             asked.functions.ctypes.data, asked.type_at, asked.tensor_at, asked.items_at,
+            asked.storage_at,
         )  # fmt: skip
         self._look = _compiled().look
 

@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 
 from ..tables import EMPTY
 from .compiler import kernel, locked_entry
-from .pointer import at, load, store
+from .pointer import at, load, per_line, prefetch, store
 
 # In this order: without the layout of a tensor that has strides, others may fail.
 _FACTS = (
@@ -42,6 +42,8 @@ FACTS = len(_FACTS)
 DIM, SIZES, STRIDES, DATA_PTR, OFFSET, IS_NEG, IS_INFERENCE = range(FACTS - 1, FACTS + 6)
 #: Of a tensor: its type, the facts, its flags; then its sizes and strides.
 WORDS = FACTS + 2
+#: Cache lines that a C++ tensor has.
+LINES = 4
 #: The flags: lazily negated, made in inference mode.
 NEGATED, INFERENCE = 1, 2
 
@@ -130,6 +132,29 @@ def same_tensor(
         if counts and not same_word(words, place + dim + d, load(strides, d), recording):
             return False
     return True
+
+
+@kernel
+def fetch_tensor(thing: int, like: int, words: Any, type_at: int, tensor_at: int) -> None:
+    """Have fetched what `same_tensor` will ask a tensor for.
+
+    In a training step the model has emptied the caches, and what comes from memory takes as long
+    as all questions about a tensor. What is not of the type of `like`, a tensor, may be none.
+    """
+    if load(at(words, thing + type_at), 0) == load(at(words, like + type_at), 0):
+        tensor = at(words, load(at(words, thing + tensor_at), 0))
+        for line in range(LINES):
+            prefetch(tensor, line * per_line(words))
+
+
+@kernel
+def fetch_storage(
+    thing: int, like: int, words: Any, type_at: int, tensor_at: int, storage_at: int
+) -> None:  # fmt: skip
+    """The same for `address_of`, once the tensor itself is there."""
+    if load(at(words, thing + type_at), 0) == load(at(words, like + type_at), 0):
+        tensor = load(at(words, thing + tensor_at), 0)
+        prefetch(at(words, load(at(words, tensor + storage_at), 0)), 0)
 
 
 @kernel
@@ -222,6 +247,7 @@ class Torch:
         self.type_at = _offset(parameter, id(type(parameter)))
         self.tensor_at = _offset(parameter, parameter._cdata)
         self.items_at = _items_offset()
+        self.storage_at = _storage_offset(parameter)
         self.scratch = np.zeros(1, np.int64)  # used under the GIL alone
 
 
@@ -241,6 +267,12 @@ def _offset(thing: object, value: int) -> int:
         if _word(id(thing) + offset) == value:
             return offset
     raise LookupError(f"no {value:#x} in a {type(thing).__name__}")
+
+
+def _storage_offset(tensor: torch.Tensor) -> int:
+    """Where in a C++ tensor its storage is; 0, where nothing is to be fetched, if nobody knows."""
+    storage = tensor.untyped_storage()._cdata
+    return next((8 * k for k in range(8) if _word(tensor._cdata + 8 * k) == storage), 0)
 
 
 def _items_offset() -> int:
