@@ -2,7 +2,7 @@
 
 At every call of a function it looks through all of `triton.language` for what it replaces there,
 for every value it makes a table of dtypes anew, and every sum of 32-bit integers it computes once
-more in 64: that was two thirds of what these tests take. Here replacements are made once and stay
+more in 64: that was half of what these tests take. Here replacements are made once and stay
 as long as the process, dtypes are remembered, and numbers of tests' sizes don't overflow.
 """
 

@@ -143,6 +143,7 @@ class StepPlan:
             expected,
             np.concatenate([bucket.written_cells for bucket in self._buckets]),
             np.concatenate([bucket.grad_cells for bucket in self._buckets]),
+            list(optimizer.state.values()),
         )
 
     def _find(
@@ -184,6 +185,8 @@ class StepPlan:
             return None
         if turn is not None and not self._averaged.are(turn.pairs.values):
             return None
+        if self._proof is not None:
+            self._proof.fetch()
         params = all_params(optimizer)
         if not self._params.are(params) or not self._has_these_groups(optimizer.param_groups):
             return None

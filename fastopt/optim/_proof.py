@@ -39,6 +39,7 @@ def _compiled() -> Any:
 
 
 class _Words(Protocol):
+    def fetch(self) -> None: ...
     def look(self, written: list[Any], grads: list[Any]) -> int: ...
 
 
@@ -56,6 +57,7 @@ class Proof:
         grads: Sequence[tuple[Tensor, torch.dtype | None]],
         written_cells: np.ndarray,
         grad_cells: np.ndarray,
+        states: Sequence[dict[str, Any]] = (),
     ) -> None:
         """
         Args:
@@ -64,6 +66,7 @@ class Proof:
             grads: each with None; or, where none is there, its parameter and the dtype that the
                 gradient will have.
             written_cells, grad_cells: addresses of the int64 that get each one's address.
+            states: where the optimizer has the states.
         """
         self._written, self._grads = _lines(written), _lines([g for g, _ in grads])
         self._written[OWNER], self._written[CELL] = owners, written_cells
@@ -76,8 +79,10 @@ class Proof:
         self._spans, self._count = np.zeros((2, len(written)), np.int64), np.zeros(1, np.int64)
         make = _compiled().Words if _compiled() else _SlowWords
         words: _Words = make(
-            written, grads, self._written, self._grads, self._spans, self._count
+            written, grads, self._written, self._grads, self._spans, self._count, states
         )  # fmt: skip
+        #: Has what the last step has read of its tensors fetched into the caches.
+        self.fetch = words.fetch
         #: What holds of a step's objects (written, grads), None for a gradient that isn't there.
         self.look = words.look
 
@@ -104,10 +109,14 @@ class _SlowWords:
     def __init__(
         self, written: Sequence[Tensor], grads: Sequence[tuple[Tensor, torch.dtype | None]],
         written_lines: np.ndarray, grad_lines: np.ndarray, spans: np.ndarray, count: np.ndarray,
+        states: Sequence[dict[str, Any]],
     ) -> None:  # fmt: skip
         self._lines, self._spans, self._count = (written_lines, grad_lines), spans, count
         self._known = [_metadata(t, True) for t in written]
         self._expected = [_metadata(t, False, dtype) for t, dtype in grads]
+
+    def fetch(self) -> None:
+        pass
 
     def look(self, written: list[Any], grads: list[Any]) -> int:
         lines, grad_lines = self._lines

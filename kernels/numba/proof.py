@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from .tensors import (
     WORDS,
     address_of,
     bump_versions,
+    fetch_lines,
     fetch_storage,
     fetch_tensor,
     length,
@@ -34,6 +36,12 @@ __all__ = ["Items", "Words", "available", "increment_versions"]
 
 #: How many tensors before their turn what is known of them is fetched.
 AHEAD = 8
+#: Cache lines of a tensor that are fetched before a step, from where they were in the last one;
+#: and of a dict of states.
+NOTED, DICT = 3, 4
+_TABLE_AT = 32  # where a dict has its table
+#: Fewer tensors than this are not worth the call.
+MANY = 32
 
 
 @kernel
@@ -93,12 +101,22 @@ def fetch_ahead(
         )
 
 
+@kernel
+def note(lines: Any, place: int, thing: int, tensor_at: int, autograd_at: int) -> None:
+    """Where a tensor's Python object is, its C++ one and what autograd knows of it."""
+    tensor = load(at(lines, thing + tensor_at), 0)
+    known = load(at(lines, tensor + autograd_at), 0)
+    store(lines, NOTED * place, thing)
+    store(lines, NOTED * place + 1, tensor)
+    store(lines, NOTED * place + 2, known if known != 0 else tensor)
+
+
 @locked_entry
 def look_at(
     written_list: int, grads_list: int, none: int, writes: int, written: Any, words: Any,
     tensors: int, grads: Any, grad_words: Any, starts: Any, ends: Any, count: Any, scratch: Any,
     scratch_at: int, functions: Any, type_at: int, tensor_at: int, items_at: int,
-    storage_at: int,
+    storage_at: int, autograd_at: int, lines: Any,
 ) -> int:  # fmt: skip
     """What `Words.look` answers.
 
@@ -107,6 +125,7 @@ def look_at(
         written, grads: the lines of what is written and of the gradients.
         words, grad_words: what is known of them.
         starts, ends, count: the spans of memory that is written, and their number.
+        lines: gets addresses of what this has read, for `fetch_lines` before the next time.
     """
     items = at(grads, load(at(grads, grads_list + items_at), 0))
     answer = SAME
@@ -126,6 +145,7 @@ def look_at(
             if not same:
                 return DIFFERENT
             fetch_ahead(things, i, writes, words, type_at, tensor_at, storage_at)
+            note(lines, i, load(things, i), tensor_at, autograd_at)
             found = address_of(
                 load(things, i), load(written, ITEMSIZE * writes + i),
                 load(written, BYTES * writes + i), scratch, scratch_at, functions, tensor_at,
@@ -150,6 +170,7 @@ def look_at(
             if not same:
                 return DIFFERENT
             fetch_ahead(items, g, tensors, words, type_at, tensor_at, storage_at)
+            note(lines, writes + g, load(items, g), tensor_at, autograd_at)
             size = load(grads, BYTES * tensors + g)
             found = address_of(
                 load(items, g), load(grads, ITEMSIZE * tensors + g), size, scratch, scratch_at,
@@ -173,8 +194,9 @@ class _Compiled:
         )
         self.look = specialise(
             look_at, number, number, number, number, index, index, number, index, index, index,
-            index, index, index, number, index, number, number, number, number,
+            index, index, index, number, index, number, number, number, number, number, index,
         )  # fmt: skip
+        self.fetch = specialise(fetch_lines, index, number)
         self.same_objects = specialise(same_objects, number, number, index, number)
         self.bump = specialise(
             bump_versions, number, number, number, number, index, number, number, number, number
@@ -205,6 +227,7 @@ class Words:
     def __init__(
         self, written: Sequence[Tensor], grads: Sequence[tuple[Tensor, torch.dtype | None]],
         written_lines: np.ndarray, grad_lines: np.ndarray, spans: np.ndarray, count: np.ndarray,
+        states: Sequence[dict[str, Any]],
     ) -> None:  # fmt: skip
         """Arguments as those of fastopt.optim._proof.Proof, its lines, spans and their number."""
         asked = torch_functions()
@@ -218,21 +241,43 @@ class Words:
                 like = _record([torch.empty(0, dtype=dtype, device=tensor.device)], NEGATED)
                 expected[place], expected[place + 2] = like[0], like[2]
             place += WORDS + 2 * tensor.dim()
-        self._arrays = known, expected, written_lines, grad_lines, spans, count
+        noted = np.zeros(NOTED * (len(written) + len(grads)), np.int64)
+        lines = np.concatenate((_lines_of([d for d in states if type(d) is dict]), noted))
+        self._arrays = known, expected, written_lines, grad_lines, spans, count, lines
+        self._lines = lines.ctypes.data, len(lines) if len(grads) >= MANY else 0
         scratch = asked.scratch.ctypes.data
         self._arguments = (
             id(None), len(written), written_lines.ctypes.data, known.ctypes.data, len(grads),
             grad_lines.ctypes.data, expected.ctypes.data, spans[0].ctypes.data,
             spans[1].ctypes.data, count.ctypes.data, scratch, scratch,
             asked.functions.ctypes.data, asked.type_at, asked.tensor_at, asked.items_at,
-            asked.storage_at,
+            asked.storage_at, asked.autograd_at,
+            lines[-len(noted) :].ctypes.data,
         )  # fmt: skip
         self._look = _compiled().look
+
+    def fetch(self) -> None:
+        """Have fetched what the last step has read of its tensors.
+
+        A training step's model has emptied the caches, and who follows one object to the next
+        waits for memory each time.
+        """
+        lines, count = self._lines
+        if count:
+            _compiled().fetch(lines, count)
 
     def look(self, written: list[Any], grads: list[Any]) -> int:
         """What holds of a step's objects, None for a gradient that isn't there; see tables.py."""
         answer: int = self._look(id(written), id(grads), *self._arguments)
         return answer
+
+
+def _lines_of(states: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Addresses of some dicts, and of their tables' first lines."""
+    objects = np.fromiter(map(id, states), np.int64, len(states))
+    tables = [ctypes.c_int64.from_address(id(d) + _TABLE_AT).value for d in states]
+    offsets = 64 * np.arange(DICT - 1)
+    return np.column_stack([objects, np.array(tables)[:, None] + offsets]).ravel()
 
 
 class Items:
@@ -325,7 +370,7 @@ def _finds_addresses(written: list[Tensor], grads: list[Tensor]) -> bool:
         lines[k][CELL] = cells[k].ctypes.data + 8 * np.arange(count)
     lines[0][OWNER] = np.arange(count)
     spans = np.zeros((2, count), np.int64), np.zeros(1, np.int64)
-    words = Words(written, [(t, None) for t in grads], lines[0], lines[1], *spans)
+    words = Words(written, [(t, None) for t in grads], lines[0], lines[1], *spans, [])
     answers = [words.look(written, grads) for _ in range(2)]
     expected = [[t.data_ptr() if t.numel() else EMPTY for t in ts] for ts in (written, grads)]
     return answers == [OTHERS, SAME] and bool(cells.tolist() == expected)

@@ -23,7 +23,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from ..tables import EMPTY
-from .compiler import kernel, locked_entry
+from .compiler import entry, kernel, locked_entry
 from .pointer import at, load, per_line, prefetch, store
 
 # In this order: without the layout of a tensor that has strides, others may fail.
@@ -157,6 +157,13 @@ def fetch_storage(
         prefetch(at(words, load(at(words, tensor + storage_at), 0)), 0)
 
 
+@entry
+def fetch_lines(lines: Any, count: int) -> None:
+    """Have the cache lines of some addresses fetched, which need not be anybody's any more."""
+    for k in range(count):
+        prefetch(at(lines, load(lines, k)), 0)
+
+
 @kernel
 def length(words: Any, place: int) -> int:
     """How many words there are of the tensor whose words begin at `place`."""
@@ -247,7 +254,8 @@ class Torch:
         self.type_at = _offset(parameter, id(type(parameter)))
         self.tensor_at = _offset(parameter, parameter._cdata)
         self.items_at = _items_offset()
-        self.storage_at = _storage_offset(parameter)
+        self.storage_at = _place_in(parameter, parameter.untyped_storage()._cdata)
+        self.autograd_at = _autograd_offset()
         self.scratch = np.zeros(1, np.int64)  # used under the GIL alone
 
 
@@ -269,10 +277,22 @@ def _offset(thing: object, value: int) -> int:
     raise LookupError(f"no {value:#x} in a {type(thing).__name__}")
 
 
-def _storage_offset(tensor: torch.Tensor) -> int:
-    """Where in a C++ tensor its storage is; 0, where nothing is to be fetched, if nobody knows."""
-    storage = tensor.untyped_storage()._cdata
-    return next((8 * k for k in range(8) if _word(tensor._cdata + 8 * k) == storage), 0)
+def _place_in(tensor: torch.Tensor, value: int) -> int:
+    """Where near the beginning of a C++ tensor that number is; 0 if nobody knows.
+
+    It is for what is to be fetched ahead, where a wrong place does no harm.
+    """
+    return next((8 * k for k in range(1, 8) if _word(tensor._cdata + 8 * k) == value), 0)
+
+
+def _autograd_offset() -> int:
+    """Where a C++ tensor has what autograd knows of it: nothing, until it needs a gradient."""
+    tensor = torch.empty(2)
+    before = [_word(tensor._cdata + 8 * k) for k in range(8)]
+    tensor.requires_grad_()
+    after = [_word(tensor._cdata + 8 * k) for k in range(8)]
+    changed = [8 * k for k in range(8) if before[k] == 0 != after[k]]
+    return changed[0] if len(changed) == 1 else 0
 
 
 def _items_offset() -> int:
