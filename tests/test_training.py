@@ -465,7 +465,7 @@ FEATURES: dict[str, Feature] = {
 )
 def test_training(name: str, kind: str, seed: int, request: pytest.FixtureRequest) -> None:
     """Everything seen is what torch sees, and kernels served."""
-    if name in ("losses-added", "two-backwards"):  # one of whose losses is a small one
+    if name in ("losses-added", "two-backwards", "channels-last"):  # with a loss that is small
         request.getfixturevalue("no_crossovers")
     feature = FEATURES[name]
     ours, theirs = Training(fastopt, kind), Training(torch, kind)

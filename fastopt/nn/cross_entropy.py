@@ -37,9 +37,9 @@ class CrossEntropy(Softmax):
     crossover = 122_880
     # What is shorter than a vector torch computes number by number, a few vectors it does well.
     row_crossover = {
-        2: ((31, 6_144), (128, 524_288)),
-        4: ((15, 6_144), (31, 122_880), (128, 524_288)),
-        8: ((31, 16_384),),
+        2: ((31, 163_840), (128, 524_288)),
+        4: ((15, 163_840), (79, 1_572_864), (128, 524_288)),
+        8: ((31, 65_536),),
     }
 
 
