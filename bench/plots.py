@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ def draw(found: dict[str, Any], folder: Path) -> None:
 
 def _speedup(results: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for operation in dict.fromkeys(r["operation"] for r in results):
-        points = sorted((r["size"], r["vs_torch"]) for r in results if r["operation"] == operation)
-        axes.plot(*zip(*points, strict=True), "o", label=operation, alpha=0.7)
+    families: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for r in results:
+        families[_family(r)].append((r["size"], r["vs_torch"]))
+    for family, points in families.items():
+        axes.plot(*zip(*points, strict=True), "o", label=family, alpha=0.7)
     axes.axhline(1.0, color="black", linewidth=1)
     axes.set(
         xscale="log", yscale="log", xlabel="elements", ylabel="times as fast as torch's default"
@@ -31,6 +34,13 @@ def _speedup(results: list[dict[str, Any]], path: Path) -> None:
     axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _family(result: dict[str, Any]) -> str:
+    """There are too many operations for a colour each."""
+    if "microseconds_per_tensor" in result:
+        return "optimizers, clipping, averages"
+    return "cross-entropy" if result["operation"] == "cross_entropy" else "other losses"
 
 
 def _floor(results: list[dict[str, Any]], path: Path) -> None:
