@@ -1,14 +1,12 @@
 """Triton's interpreter, made quick enough for thousands of tests.
 
 At every call of a function it looks through all of `triton.language` for what it replaces there,
-for every value it makes a table of dtypes anew, and every sum of 32-bit integers it computes once
-more in 64: that was half of what these tests take. Here replacements are made once and stay
-as long as the process, dtypes are remembered, and numbers of tests' sizes don't overflow.
+and for every value it makes a table of dtypes anew. Here replacements are made once and stay as
+long as the process, and dtypes are remembered.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -34,5 +32,3 @@ def hasten() -> None:
         return remembered(scalar) if type(scalar) is tl.dtype else theirs(scalar)
 
     interpreter._get_np_dtype = dtype_of
-    builder = interpreter.interpreter_builder
-    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
