@@ -1,9 +1,9 @@
 """From how many elements on a loss is worth compiled code on a CPU.
 
 From a crossover on the compiled path is at least as fast as torch's own, forward and backward, as
-measured on 2 cores, most of them over a grid of sizes in a loop of calls; the benchmark checks it. Below, what a call
-costs before any kernel runs decides, and torch's C++ has less of that than Python. Optimizers
-count tensors' fixed costs too, so theirs pays off from the first element.
+measured on 2 cores, most of them over a grid of sizes in a loop of calls; the benchmark checks it.
+Below, what a call costs before any kernel runs decides, and torch's C++ has less of that than
+Python. Optimizers count tensors' fixed costs too, so theirs pays off from the first element.
 """
 
 from __future__ import annotations
