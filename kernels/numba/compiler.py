@@ -38,8 +38,15 @@ _INNER = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 # A loop is vectorised only if all that it calls is part of it, which LLVM takes for no gain where
 # it believes a loop to be rarely entered.
 _INLINED = {**_INNER, "forceinline": True}
+try:
+    from .draft import DraftCompiler
+
+    _DRAFT = {**_INNER, "pipeline_class": DraftCompiler}
+except (ImportError, AttributeError):  # a numba that is built otherwise, and compiles longer
+    _DRAFT = _INNER
 # For functions made by overload. Who says nothing of fastmath inherits it from the first caller.
 FUNCTION_OPTIONS = {**_OPTIONS, "fastmath": set(CONTRACT), "forceinline": True}
+DRAFT_OPTIONS = {**_DRAFT, "fastmath": set(CONTRACT)}
 EXACT_OPTIONS = {**_OPTIONS, "fastmath": False, "forceinline": True}
 
 
@@ -55,12 +62,12 @@ def exact(function: Callable[..., Any]) -> Any:
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Decorator: a function that only compiled code calls, part of what is cached there."""
-    return numba.njit(fastmath=set(CONTRACT), **_INNER)(function)
+    return numba.njit(fastmath=set(CONTRACT), **_DRAFT)(function)
 
 
 def summing_kernel(function: Callable[..., Any]) -> Any:
     """Decorator: a kernel that may add up floats in any order."""
-    return numba.njit(fastmath=set(REASSOCIATE), **_INNER)(function)
+    return numba.njit(fastmath=set(REASSOCIATE), **_DRAFT)(function)
 
 
 def entry(function: Callable[..., Any]) -> Any:

@@ -18,7 +18,7 @@ from numba.extending import overload
 
 from ..operation import Update
 from ..tables import Averaged, Launch, Tables
-from .compiler import FUNCTION_OPTIONS, dtype_name, kernel, pointer, region
+from .compiler import DRAFT_OPTIONS, dtype_name, kernel, pointer, region
 from .pointer import at, load, prefetch, store
 from .pointers import as_stored, at_each, cast_for, load_each, store_each
 from .record import Values, at_step, completed, next_numbers, read_record, row_at, update
@@ -58,7 +58,7 @@ def update_and_average(
     raise NotImplementedError
 
 
-@overload(update_and_average, strict=False, jit_options=FUNCTION_OPTIONS)
+@overload(update_and_average, strict=False, jit_options=DRAFT_OPTIONS)
 def _update_and_average(
     record: Any, rule: Any, slots: Any, averages: Any, grads: Any, begin: int, end: int
 ) -> Any:
