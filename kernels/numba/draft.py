@@ -23,7 +23,7 @@ from numba.core.typed_passes import NativeLowering
 __all__ = ["DraftCompiler"]
 
 
-class _Draft(JITCodeLibrary):  # type: ignore[misc]
+class _Draft(JITCodeLibrary):
     """The code of a function, to be linked into that of others and optimised there."""
 
     def _optimize_final_module(self) -> None:
@@ -35,7 +35,7 @@ class _Draft(JITCodeLibrary):  # type: ignore[misc]
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)
-class _DraftLowering(NativeLowering):  # type: ignore[misc]
+class _DraftLowering(NativeLowering):
     """Lowering into a draft, which others find as they find compiled functions."""
 
     _name = "fastopt_draft_lowering"
@@ -57,7 +57,7 @@ class _DraftLowering(NativeLowering):  # type: ignore[misc]
         return True
 
 
-class DraftCompiler(CompilerBase):  # type: ignore[misc]
+class DraftCompiler(CompilerBase):
     """Numba's own passes but for lowering."""
 
     def define_pipelines(self) -> list[PassManager]:
