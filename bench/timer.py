@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
-import torch
+from fastopt._tune import disturbance
 
 Seconds = float
 #: Makes so many calls and says how long they took.
@@ -28,18 +28,13 @@ def timed(call: Callable[[], object]) -> Timed:
 
 
 def in_context(call: Callable[[], object]) -> Timed:
-    """The same, with what a training step does between two calls before each of them, untimed.
-
-    That is a matrix product, whose threads and code take the cores, and a pass over 96 MB, which
-    empties the caches.
-    """
-    factor, passed = torch.ones(512, 512), torch.zeros(24 << 20)
+    """The same, with what a training step does between two calls before each of them, untimed."""
+    disturb = disturbance()
 
     def run(count: int) -> Seconds:
         total = 0.0
         for _ in range(count):
-            torch.mm(factor, factor)
-            passed.add_(1.0)
+            disturb()
             start = time.perf_counter()
             call()
             total += time.perf_counter() - start

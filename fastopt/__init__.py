@@ -1,5 +1,7 @@
 """Compiled drop-in replacements for PyTorch's losses and optimizers, on CPU and GPU."""
 
+__version__ = "0.1.0"
+
 from . import _torchs, dispatch, nn, optim
 from ._convert import convert
 from ._explain import Explanation, explain
@@ -18,5 +20,4 @@ __all__ = [
     "optim",
     "use_backend",
 ]
-__version__ = "0.1.0"
 _torchs.install()

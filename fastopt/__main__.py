@@ -1,6 +1,8 @@
 """python -m fastopt: versions, devices, threads, and what runs where.
 
 python -m fastopt warmup [DTYPE ...] [--only NAME ...]: compile for the CPU ahead of the first step.
+python -m fastopt tune [--only NAME ...]: measure from how many elements on kernels pay here.
+python -m fastopt tune --forget: back to the crossovers that fastopt comes with.
 """
 
 from __future__ import annotations
@@ -11,10 +13,13 @@ import platform
 
 import torch
 
-from . import __version__
+from . import __version__, _tune
 from ._warmup import DTYPES, NAMES, warm_up
 from .dispatch import BACKENDS, Request
+from .errors import BackendUnavailable
+from .front import measured
 from .front.call import RECORDS
+from .front.crossover import NEVER
 from .optim._operations import CLASSES
 
 
@@ -32,11 +37,27 @@ def main() -> None:
         "--only", nargs="+", choices=NAMES, metavar="NAME", default=NAMES,
         help="losses (as functions are called) and optimizers (as classes are; default: all)",
     )  # fmt: skip
+    tuning = commands.add_parser(
+        "tune", help="measure from how many elements on losses' kernels pay on this machine"
+    )
+    tuning.add_argument(
+        "--only", nargs="+", choices=_tune.NAMES, metavar="NAME", default=_tune.NAMES,
+        help="losses, as functions are called (default: all)",
+    )  # fmt: skip
+    tuning.add_argument("--forget", action="store_true", help="forget what was measured here")
     arguments = parser.parse_args()
     if arguments.command == "warmup":
         if unknown := set(arguments.dtype) - DTYPES.keys():
             parser.error(f"no dtype {', '.join(unknown)} (choose from {', '.join(DTYPES)})")
         warm_up(arguments.dtype or ["float32"], arguments.only)
+    elif arguments.command == "tune":
+        try:
+            if arguments.forget:
+                print(f"forgotten, in {measured.forget()}")
+            else:
+                _tune.tune(arguments.only)
+        except (BackendUnavailable, OSError) as error:
+            parser.exit(1, f"{error}\n")
     else:
         report()
 
@@ -61,13 +82,18 @@ def report() -> None:
                 reasons = backend.refusals(request)
                 print(f"    {name:9s} {'no: ' + '; '.join(reasons) if reasons else 'yes'}")
     print("\nElements below which torch's own loss is the faster one:")
+    print(f"  {measured.read().source}")
     widest = max(map(len, RECORDS))
     for name, kind in sorted(RECORDS.items()):
-        print(f"  {name:{widest}s} {kind.crossover:,}")
+        print(f"  {name:{widest}s} {_elements(kind.crossover)}")
         for size, rows in kind.row_crossover.items():
             for classes, count in rows:
                 what = f"in rows of up to {classes} classes of {size} bytes"
-                print(f"  {name:{widest}s} {count:,} {what}")
+                print(f"  {name:{widest}s} {_elements(count)} {what}")
+
+
+def _elements(count: int) -> str:
+    return "any number" if count == NEVER else f"{count:,}"
 
 
 def _reason(operation: str) -> str | None:

@@ -38,7 +38,7 @@ class Request(NamedTuple):
             reader; empty for the usual call.
         capability: compute capability (major, minor) of a CUDA device, else None.
         insisted: the backend named in use_backend, else None.
-        crossover: elements from which a loss is worth compiled code on a CPU.
+        crossover: elements from which a loss is worth compiled code on the device.
         label: which of the dtypes is that of class indices, as its place; None if none is.
     """
 
@@ -184,6 +184,16 @@ _COMMON = (
 )
 
 
+_PAYS = Rule(
+    lambda r: r.numel >= r.crossover,
+    lambda r: (
+        f"{r.numel} elements, fewer than the {r.crossover} from which compiled code pays off"
+        + ("" if r.device == "cpu" else " (derived, not measured)")
+    ),
+    advisory=True,
+)
+
+
 # -- the numba backend: CPU ----------------------------------------------------------
 
 
@@ -226,14 +236,7 @@ _NUMBA = Backend(
             ),
             lambda r: f"float16 on a CPU without instructions that convert it ({_target_cpu()})",
         ),
-        Rule(
-            lambda r: r.numel >= r.crossover,
-            lambda r: (
-                f"{r.numel} elements, fewer than the {r.crossover} "
-                "from which compiled code pays off"
-            ),
-            advisory=True,
-        ),
+        _PAYS,
     ),
 )
 
@@ -294,6 +297,7 @@ _TRITON = Backend(
                 f"compute capability {r.capability} (supported: {_MINIMUM_CAPABILITY} and newer)"
             ),
         ),
+        _PAYS,
     ),
     variants=True,
 )

@@ -17,8 +17,9 @@ import fastopt
 import fastopt.nn.functional as ours
 from fastopt import BackendUnavailable, dispatch
 from fastopt.dispatch import BACKENDS, Decision, Request
+from fastopt.front import crossover as crossovers
 from fastopt.front.call import RECORDS
-from fastopt.front.crossover import crossover, quick_test, usual_crossover
+from fastopt.front.crossover import crossover, gpu_crossover, quick_test, usual_crossover
 from fastopt.front.torch_only import TorchOnly
 from fastopt.kernels.operation import LinearSoftmax
 
@@ -135,6 +136,46 @@ def test_crossover(operation: str) -> None:
     assert str(limit - 1) in reason
     few = choose(operation=operation, numel=1, crossover=limit, insisted="numba")
     assert few.backend == "numba"
+
+
+class Properties:
+    """Those that decide of an H100, as CUDA gives them."""
+
+    memory_clock_rate, memory_bus_width = 2_619_000, 5_120  # kHz, bits: 3.35 TB/s
+
+
+@pytest.mark.parametrize("operation", COMPILED)
+def test_crossover_of_a_gpu(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From there on the bytes spared take longer than all that the host does more."""
+    kind, device = RECORDS[operation], torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(crossovers, "_bandwidth", crossovers._bandwidth.__wrapped__)
+    limit, halves = (gpu_crossover(kind, size, device) for size in (4, 2))
+    if operation == "linear_cross_entropy":
+        assert limit == halves == 0
+        return
+    if operation == "nll_loss":
+        assert limit == halves == crossovers.NEVER
+    else:
+        assert halves == pytest.approx(2 * limit, abs=2)
+        seconds = limit * 8 * 4 / 3.35e12  # no loss has more than eight passes spared
+        assert seconds > 50e-6
+    call = {"operation": operation, "device": "cuda", "capability": (9, 0), "crossover": limit}
+    monkeypatch.setitem(BACKENDS, "triton", BACKENDS["triton"]._replace(rules=(dispatch._PAYS,)))
+    assert choose(**call, numel=limit).backend == "triton"
+    below = choose(**call, numel=limit - 1)
+    assert below.backend == "reference"
+    assert f"fewer than the {limit} " in below.refusals["triton"][0]
+    assert below.refusals["triton"][0].endswith("(derived, not measured)")
+    assert choose(**call, numel=1, insisted="triton").backend == "triton"
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_a_gpu_that_says_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is taken for the fastest there is: torch's own loss is the safe choice."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: object())
+    found = crossovers._bandwidth.__wrapped__(torch.device(kind, 0))
+    assert found == crossovers.BANDWIDTH > 3.35e12
 
 
 def test_usual_crossovers() -> None:

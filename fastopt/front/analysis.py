@@ -12,7 +12,7 @@ from .. import dispatch
 from ..dispatch import Request
 from ..kernels.operation import Elementwise, Loss, Operation, Options, Rowwise
 from .circumstances import add_circumstances, autocasts
-from .crossover import crossover
+from .crossover import crossover, gpu_crossover
 
 __all__ = ["Call", "analyse", "prepare"]
 
@@ -226,8 +226,11 @@ def prepare(
     if type(numel) is not int:
         special.append(f"{numel} elements, a symbol")
         numel = row = classes = 0
+    kind, itemsize = type(record), input.dtype.itemsize
     request = Request(
         function, device.type, dtypes, numel, tuple(special), capability, dispatch.insisted(),
-        crossover(type(record), input.dtype.itemsize, row), label,
+        gpu_crossover(kind, itemsize, device) if capability or device.type == "xpu"
+        else crossover(kind, itemsize, row),
+        label,
     )  # fmt: skip
     return Call(request, Options(record, reduction, dtype), tensors, classes)

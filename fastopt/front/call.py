@@ -16,6 +16,7 @@ from .. import dispatch
 from ..dispatch import Decision
 from ..errors import BackendUnavailable
 from ..kernels.operation import Operation
+from . import measured
 from .analysis import Call, analyse
 from .circumstances import is_foreign
 from .crossover import quick_test, usual_crossover
@@ -64,6 +65,8 @@ def loss(
         fallback = torchs if native is None else native
         if not hasattr(operation, "crossover"):
             operation.crossover = usual_crossover(name)
+        if (limits := measured.read().limits.get(name)) is not None:
+            operation.crossover, operation.row_crossover = limits
         is_small, surely = quick_test(operation)
         cache = RouteCache()
         RECORDS[name] = operation

@@ -1,21 +1,34 @@
-"""From how many elements on a loss is worth compiled code on a CPU.
+"""From how many elements on a loss is worth compiled code.
 
-From a crossover on the compiled path is at least as fast as torch's own, forward and backward, as
-measured on 2 cores, most of them over a grid of sizes in a loop of calls; the benchmark checks it.
+From a crossover on the compiled path is at least as fast as torch's own, forward and backward. A
+CPU's are measured, on 2 cores, most of them over a grid of sizes in a loop of calls; the benchmark
+checks them, and ``python -m fastopt tune`` measures those of a machine. A GPU's are derived.
 Below, what a call costs before any kernel runs decides, and torch's C++ has less of that than
 Python. Optimizers count tensors' fixed costs too, so theirs pays off from the first element.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.operation import LinearSoftmax, Operation
+from ..kernels.operation import Gather, LinearSoftmax, Operation, Rowwise, Softmax
 
-__all__ = ["crossover", "quick_test", "usual_crossover"]
+__all__ = ["NEVER", "crossover", "gpu_crossover", "quick_test", "usual_crossover"]
+
+#: That of a loss whose kernel is the slower one at any size.
+NEVER = 1 << 40
+
+# What a GPU's crossovers are derived from: seconds that a call of fastopt's, its backward pass
+# included, keeps the host busy beyond torch's, before launches (measured on a CPU, between other
+# work); those that a launch by Triton takes, and one by torch (not measured); and bytes a second,
+# the most that any GPU has, where one doesn't say how many.
+HOST, LAUNCH, TORCHS_LAUNCH = 100e-6, 25e-6, 5e-6
+BANDWIDTH = 8e12
 
 
 def usual_crossover(function: str) -> int:
@@ -55,3 +68,42 @@ def quick_test(operation: type[Operation]) -> tuple[Callable[[Tensor], bool], in
         )
 
     return test, min([least, *(count for _, count in rows)])
+
+
+def gpu_crossover(operation: type[Operation], itemsize: int, device: torch.device) -> int:
+    """That of a call on a GPU: where the bytes that are not moved make up for the host's time.
+
+    It is derived from counted launches and bytes, not measured, and on the safe side: as if the
+    host were what a training step waits for, and none of its time hidden behind the GPU's.
+
+    Args:
+        operation: the record's class.
+        itemsize: bytes of one of input's numbers.
+        device: the GPU.
+    """
+    if issubclass(operation, LinearSoftmax):  # it is there for its memory
+        return 0
+    if issubclass(operation, Gather):  # which moves as many bytes as torch does
+        return NEVER
+    # Passes over the elements that are spared, launches of fastopt's, and of torch's.
+    if issubclass(operation, Softmax):  # torch fills the gradient with zeros, and reads all again
+        passes, launches, torchs = 3, 5, 5
+    elif not hasattr(torch._C._nn, operation.twin.__name__):  # composed, of four steps at least
+        passes, launches, torchs = 8, 3, 10
+    elif issubclass(operation, Rowwise):  # a backward pass that reads again
+        passes, launches, torchs = 1, 3, 3
+    else:  # besides, the terms of a sum are written and read
+        passes, launches, torchs = 4, 3, 3
+    spent = HOST + launches * LAUNCH - torchs * TORCHS_LAUNCH
+    return int(spent * _bandwidth(device) / (passes * itemsize))
+
+
+@functools.cache
+def _bandwidth(device: torch.device) -> float:
+    """Bytes a second that a GPU's memory moves, at most."""
+    if device.type != "cuda" or torch.version.hip:
+        return BANDWIDTH
+    properties: Any = torch.cuda.get_device_properties(device)
+    clock = getattr(properties, "memory_clock_rate", 0)  # kHz, of which each moves two bits a line
+    width = getattr(properties, "memory_bus_width", 0)
+    return float(2e3 * clock * width / 8) or BANDWIDTH

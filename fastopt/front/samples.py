@@ -28,10 +28,16 @@ def operands(
     return {n: _DRAW[operation.domains.get(n, "")](shape).to(dtype) for n in names}
 
 
-def usual(operation: type[Operation], size: int, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+def usual(
+    operation: type[Operation], size: int, dtype: torch.dtype, widths: tuple[int, ...] = (128, 8)
+) -> Iterator[dict[str, Tensor]]:
     """Operands of usual calls with so many elements, by name: one call for each kind of loop.
 
     There are none where torch has the loss in other dtypes only.
+
+    Args:
+        operation, size, dtype: of the operands.
+        widths: of rows, a call each. The usual ones are walked as they are, and turned.
     """
     if dtype.itemsize == 2 and not getattr(operation, "halves_on_cpu", True):
         return
@@ -43,7 +49,7 @@ def usual(operation: type[Operation], size: int, dtype: torch.dtype) -> Iterator
         return
     if not issubclass(operation, Rowwise | Softmax | Gather | LinearSoftmax):
         raise NotImplementedError(f"no samples of {operation.__name__}")
-    for classes in (128, 8):  # of a softmax rows that are walked as they are, and ones turned
+    for classes in widths:
         rows = size // classes
         labels = torch.zeros(rows, dtype=torch.int64)
         if issubclass(operation, Rowwise):

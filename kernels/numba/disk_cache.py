@@ -26,6 +26,7 @@ import numba
 from numba.core import caching, config
 from numba.core.runtime import rtsys
 
+from ..places import user_cache
 from .reach import reached, records_of, sources
 
 __all__ = ["Cache"]
@@ -63,9 +64,8 @@ def _cache_directory() -> str | None:
     if config.CACHE_DIR:
         places.append(Path(config.CACHE_DIR) / f"fastopt-{key}")
     places.append(package / "__pycache__")
-    user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if os.path.isabs(user_cache):  # without HOME, "~" stays as it is
-        places.append(Path(user_cache) / f"fastopt-{key}")
+    if (home := user_cache()) is not None:
+        places.append(home / f"fastopt-{key}")
     for place in places:
         try:
             _prepare(place)
