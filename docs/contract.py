@@ -244,7 +244,7 @@ CIRCUMSTANCES = [
     Feature("forward-mode differentiation, torch.func.jvp", within(forward_ad.dual_level)),
     Feature(
         "torch.compile (compiled with the rest)",
-        within(lambda: mock.patch("torch.compiler.is_compiling", return_value=True)),
+        within(lambda: mock.patch("torch.compiler._is_compiling_flag", True)),
     ),
     Feature("a __torch_function__ mode", within(Mode)),
     Feature("a tensor subclass", lambda op: usual(op, torch.randn(4, 6).as_subclass(Subclass))),

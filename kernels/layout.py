@@ -98,7 +98,10 @@ def is_released(tensor: torch.Tensor) -> bool:
 
     Of one whose elements begin behind the storage's beginning, the address itself isn't 0.
     """
-    null = tensor.data_ptr() == tensor.itemsize * tensor.storage_offset()
+    address = tensor.data_ptr()
+    if address != 0 and tensor.storage_offset() == 0:  # as almost always
+        return False
+    null = address == tensor.itemsize * tensor.storage_offset()
     return null and tensor.numel() > 0 and not tensor.is_meta
 
 

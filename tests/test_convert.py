@@ -246,7 +246,7 @@ def value_and_grads(model: Model, x: Tensor, y: Tensor) -> list[Tensor]:
 
 def test_losses_inside_a_model() -> None:
     model = Model()
-    x, y = torch.randn(300, 16), torch.randint(500, (300,))
+    x, y = torch.randn(600, 16), torch.randint(500, (600,))
     expected, described = value_and_grads(model, x, y), repr(model)
     parts, states = [*model.modules()], model.state_dict()
     calls = []
@@ -254,7 +254,7 @@ def test_losses_inside_a_model() -> None:
     assert fastopt.convert(model) is model
     assert [*model.modules()] == parts
     assert all(isinstance(m, LossModule) for m in model.losses.values())
-    assert fastopt.explain(model.losses["classes"], torch.randn(300, 500), y)[0].backend == "numba"
+    assert fastopt.explain(model.losses["classes"], torch.randn(600, 500), y)[0].backend == "numba"
     torch.testing.assert_close(value_and_grads(model, x, y), expected)
     assert repr(model) == described
     assert len(calls) == 1

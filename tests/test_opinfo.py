@@ -422,7 +422,9 @@ CIRCUMSTANCES = ("a torch.func transform", "forward-mode differentiation", "trac
 @EACH_OPERATION
 def test_transform(operation: str, transform: str) -> None:
     """Exactly torch's, and refused by the compiled backends."""
-    for call in samples(operation, torch.float64):
+    calls = samples(operation, torch.float64)
+    # What is torch's code is so whichever of them refuses it.
+    for call in calls[:1] if INTERPRETED else calls:
         arguments = tuple(t.detach() for t in call.tensors.values())
         wanted = tuple(k for k, t in enumerate(call.tensors.values()) if t.requires_grad)
 

@@ -208,7 +208,7 @@ PLAIN = (np.float16, np.float32, np.float64, np.int64, np.int32, np.uint8)
 
 
 @pytest.mark.parametrize("kind", [*PLAIN, np.longdouble, np.bool_, np.complex64, bool])
-def test_numbers_of_numpy(kind: Any) -> None:
+def test_numbers_of_numpy(kind: Any, no_crossovers: None) -> None:
     """Taken where torch takes them, with the values that they have, and refused where it does."""
     x, labels = arguments("cross_entropy")
     for values in ({"ignore_index": 3}, {"label_smoothing": 0.1}, {"label_smoothing": 1}):
@@ -223,7 +223,7 @@ def test_numbers_of_numpy(kind: Any) -> None:
             assert decision.backend == "numba", decision
 
 
-def test_numbers_of_numpy_in_a_module() -> None:
+def test_numbers_of_numpy_in_a_module(no_crossovers: None) -> None:
     x, labels = arguments("cross_entropy")
     for options in (
         {"ignore_index": np.int64(7)},

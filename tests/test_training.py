@@ -463,10 +463,8 @@ FEATURES: dict[str, Feature] = {
 @pytest.mark.parametrize(
     ("name", "kind"), [(name, kind) for name, row in FEATURES.items() for kind in row.kinds]
 )
-def test_training(name: str, kind: str, seed: int, request: pytest.FixtureRequest) -> None:
+def test_training(name: str, kind: str, seed: int, no_crossovers: None) -> None:
     """Everything seen is what torch sees, and kernels served."""
-    if name in ("losses-added", "two-backwards", "channels-last"):  # with a loss that is small
-        request.getfixturevalue("no_crossovers")
     feature = FEATURES[name]
     ours, theirs = Training(fastopt, kind), Training(torch, kind)
     for training in (theirs, ours):

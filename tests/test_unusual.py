@@ -56,6 +56,30 @@ def test_memory_released_before_a_loss(name: str, place: int, offset: int) -> No
 
 
 @each_loss
+@pytest.mark.parametrize("place", [0, 1])
+def test_tensors_that_a_transform_has_left_behind(name: str, place: int) -> None:
+    """They have no address; torch takes them for what they wrap."""
+    tensors, left = list(arguments(name)), []
+
+    def leak(x: Tensor) -> Tensor:
+        left.append(x)
+        return x.sum()
+
+    if place == 0:
+        torch.func.grad(leak)(tensors[0].detach())
+    else:  # class indices have no gradient
+        torch.func.vmap(leak)(tensors[1][None])
+    expected = getattr(theirs, name)(*tensors)
+    tensors[place] = left[0].reshape(tensors[place].shape)
+    with pytest.raises(RuntimeError, match="storage"):
+        left[0].data_ptr()
+    for _ in range(2):
+        torch.testing.assert_close(getattr(ours, name)(*tensors), expected)
+    (decision,) = fastopt.explain(getattr(ours, name), *tensors)
+    assert "a tensor that a torch.func transform has left behind" in str(decision)
+
+
+@each_loss
 def test_memory_released_before_a_backward_pass(name: str) -> None:
     RouteCache.forget()  # what other tests' backward passes have asked for
     outcomes = []

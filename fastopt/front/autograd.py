@@ -62,14 +62,16 @@ class Expected:
             self.number = number
 
 
-def evaluate(backend: Any, options: Options, expected: Expected, tensors: Tensors) -> Tensor:
-    """The loss by a compiled backend."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+def evaluate(
+    backend: Any, options: Options, expected: Expected, tensors: Tensors, followed: bool
+) -> Tensor:
+    """The loss by a compiled backend. followed: whether any of the tensors requires a gradient."""
+    if followed and is_grad_enabled():
         # Hooks on saved tensors are there to save memory, and gradients would pass them by.
         number = None if _saved_tensors_are_hooked() else expected.number_for(options, tensors)
         if number != 1:
             options = options._replace(grad_output=number)
-        result: Tensor = _FusedLoss.apply(backend, options, expected, *tensors)  # type: ignore[no-untyped-call]
+        result: Tensor = _apply(backend, options, expected, *tensors)
         return result
     loss: Tensor = backend.forward(options, tensors, (False,) * len(tensors))[0]
     return loss
@@ -94,6 +96,7 @@ def _probe_hooks(_: bool) -> object:
 
 
 _autograd: Any = torch._C._autograd
+is_grad_enabled = torch.is_grad_enabled
 _top_hooks = getattr(_autograd, "_top_saved_tensors_default_hooks", _probe_hooks)
 
 
@@ -143,6 +146,10 @@ class _FusedLoss(torch.autograd.Function):
                 given = (tensors, grads, kept, grad_output)
                 grads = ctx.backend.backward(ctx.options, *given, needs)
         return (None, None, None, *grads)
+
+
+# What torch.autograd.Function does before has to do with transforms, which are not around here.
+_apply: Any = super(torch.autograd.Function, _FusedLoss).apply
 
 
 def _saved(ctx: Any) -> tuple[Tensors, Tensors]:

@@ -23,7 +23,7 @@ from .crossover import quick_test, usual_crossover
 from .route import RouteCache, key_of
 
 # Names of their own, for what the smallest calls have to ask.
-is_compiling, tracing_state = torch.compiler.is_compiling, torch._C._get_tracing_state
+is_compiled, tracing_state = torch.compiler.is_dynamo_compiling, torch._C._get_tracing_state
 insisted = dispatch.insisted
 
 #: the operation of each public function, by its name
@@ -91,7 +91,7 @@ def loss(
 
         @functools.wraps(documented)
         def function(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-            if is_compiling() or tracing_state() is not None:
+            if is_compiled() or tracing_state() is not None:
                 return torchs(*args, **kwargs)  # one node of the graph, compiled with the rest
             # `choose` would say the same, but asking takes a few microseconds of a small call's 15.
             if args and type(args[0]) is Tensor and (

@@ -6,14 +6,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 from ..kernels.layout import is_released, released_error
 
-__all__ = ["PLAIN", "add_circumstances", "ambience_of", "autocasts", "is_foreign"]
+__all__ = ["PLAIN", "add_circumstances", "ambience_of", "autocasts", "is_foreign", "is_surrounded"]
 
 _AUTOCAST = ("cpu", "cuda", "xpu")
 PLAIN = (Tensor, torch.nn.Parameter)
+
+# Names of their own: a training step has emptied the caches, and each look-up waits for memory.
+_functions, _dispatches = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
+_transforms, _tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+_is_compiling, _is_wrapped = (
+    torch.compiler.is_compiling,
+    torch._C._functorch.is_functorch_wrapped_tensor,
+)
 
 
 def autocasts(device: torch.device) -> bool:
@@ -33,6 +42,8 @@ def add_circumstances(tensors: list[Tensor], special: list[str]) -> None:
             special.append("a lazily negated tensor")
         elif t._is_zerotensor():
             special.append("a tensor of zeros without memory")
+        elif not around and _is_wrapped(t):
+            special.append("a tensor that a torch.func transform has left behind")
         elif not around and is_released(t):  # under a transform tensors have no address
             raise released_error("a tensor", t)  # some of torch's own code would end the process
         if t.device != device:
@@ -40,18 +51,30 @@ def add_circumstances(tensors: list[Tensor], special: list[str]) -> None:
     special += around
 
 
+def is_surrounded() -> bool:
+    """Whether there is anything that `ambience_of` has a word for."""
+    return (
+        (_functions() != 0 and _has_function_mode())
+        or _transforms()
+        or forward_ad._current_level >= 0
+        or _is_compiling()
+        or _dispatches() != 0
+        or _tracing() is not None
+    )
+
+
 def ambience_of() -> list[str]:
     """What there is around a call that only torch itself can follow."""
     special = []
-    if torch._C._len_torch_function_stack() and _has_function_mode():
+    if _functions() and _has_function_mode():
         special.append("a torch function override")
-    if torch._C._are_functorch_transforms_active():
+    if _transforms():
         special.append("a torch.func transform")
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         special.append("forward-mode differentiation")
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         special.append("torch.compile")
-    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+    if _dispatches() or _tracing() is not None:
         special.append("tracing")
     return special
 
@@ -71,4 +94,4 @@ def is_foreign(values: tuple[Any, ...]) -> bool:
     would narrow a trace, or not be known yet.
     """
     foreign = any(isinstance(v, Tensor) and type(v) not in PLAIN for v in values)
-    return foreign or bool(ambience_of())
+    return foreign or is_surrounded()

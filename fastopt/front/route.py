@@ -14,11 +14,14 @@ from ..kernels.layout import is_released
 from ..kernels.operation import Options
 from .analysis import Call
 from .autograd import Expected, evaluate
-from .circumstances import PLAIN, ambience_of, autocasts
+from .circumstances import PLAIN, autocasts, is_surrounded
 
 __all__ = ["Route", "RouteCache", "key_of"]
 
 _NUMBERS = (str, int, float, bool, type(None))
+# Names of their own, for what is asked at each call.
+autocast_somewhere, insisted = torch._C._is_any_autocast_enabled, dispatch.insisted
+strided = torch.strided
 
 
 class Route(NamedTuple):
@@ -30,6 +33,7 @@ class Route(NamedTuple):
         places: where the arguments have each operand; None for one not given.
         expected: of their backward passes.
         warning: what torch warns of at such a call.
+        followed: whether any of its tensors requires a gradient.
     """
 
     backend: Any
@@ -37,6 +41,7 @@ class Route(NamedTuple):
     places: tuple[int | None, ...]
     expected: Expected
     warning: str | None
+    followed: bool
 
     def serve(self, values: tuple[Any, ...]) -> Tensor | None:
         if self.backend is None:
@@ -47,7 +52,7 @@ class Route(NamedTuple):
         record: Any = self.options.record
         if record.arranged:
             tensors = record.arrange(*tensors)
-        return evaluate(self.backend, self.options, self.expected, tensors)
+        return evaluate(self.backend, self.options, self.expected, tensors, self.followed)
 
 
 class RouteCache:
@@ -86,7 +91,8 @@ class RouteCache:
         name = dispatch.choose(call.request).backend
         backend = None if name == "reference" else dispatch.load(name)
         expected = Expected() if backend is None else self._expect(name, call)
-        route = Route(backend, call.options, places, expected, call.warning)
+        followed = any(t is not None and t.requires_grad for t in call.tensors)
+        route = Route(backend, call.options, places, expected, call.warning, followed)
         if key is not None:
             if len(self._known) >= self.LIMIT:
                 self._known.clear()
@@ -107,17 +113,23 @@ def key_of(names: Any, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
         names: of those arguments that were given by name, the last ones.
         values: all arguments.
     """
-    if ambience_of():
+    if is_surrounded():
         return None
-    key: list[Any] = [dispatch.insisted(), *names]
+    autocast = autocast_somewhere()
+    key: list[Any] = [insisted(), autocast, *names]
     for value in values:
         kind = type(value)
         if kind in PLAIN:
-            if value.layout is not torch.strided or value.is_neg() or is_released(value):
+            if value.layout is not strided or value.is_neg():
                 return None
-            device = value.device
-            key += (value.shape, value.stride(), value.dtype, device, value.requires_grad)
-            key.append(autocasts(device))
+            try:
+                if is_released(value):
+                    return None
+            except RuntimeError:  # what a transform has left behind has no address
+                return None
+            key += (value.shape, value.stride(), value.dtype, value.device, value.requires_grad)
+            if autocast:
+                key.append(autocasts(value.device))
         elif kind in _NUMBERS or isinstance(value, np.number):
             key += (kind, value)
         else:

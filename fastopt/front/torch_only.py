@@ -6,13 +6,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import dispatch
 from ..dispatch import Decision
 from ..errors import BackendUnavailable
 from ..kernels.operation import Operation
 from .analysis import Call, prepare
-from .call import REDUCTIONS, LossModule, is_compiling, tracer_of
+from .call import REDUCTIONS, LossModule, tracer_of
 
 __all__ = ["TorchOnly", "TorchOnlyModule", "analyse"]
 

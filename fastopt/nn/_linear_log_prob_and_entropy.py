@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from ..front.call import is_compiling
 from ..front.circumstances import is_foreign
 from ..kernels.layout import is_released, released_error
 from ..kernels.linear import OutcomesOfLayer

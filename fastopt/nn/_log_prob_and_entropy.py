@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import dispatch
 from ..dispatch import Decision
 from ..front.analysis import Call, prepare
-from ..front.call import is_compiling, tracing_state
+from ..front.call import tracing_state
 from ..front.circumstances import is_foreign
 from ..front.route import RouteCache, key_of
 from ..kernels.layout import is_released, released_error

@@ -34,12 +34,12 @@ class CrossEntropy(Softmax):
     ignore_index: int = -100
     label_smoothing: float = 0.0
     variants = ({}, {"label_smoothing": 0.1})
-    crossover = 122_880
+    crossover = 262_144
     # What is shorter than a vector torch computes number by number, a few vectors it does well.
     row_crossover = {
-        2: ((31, 163_840), (128, 524_288)),
-        4: ((15, 163_840), (79, 1_572_864), (128, 524_288)),
-        8: ((31, 65_536),),
+        2: ((31, 262_144), (128, 2_097_152)),
+        4: ((15, 1_048_576), (79, 1_572_864), (128, 524_288)),
+        8: ((31, 262_144),),
     }
 
 

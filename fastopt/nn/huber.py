@@ -20,7 +20,7 @@ class Huber(Elementwise):
     same_dtypes = True
     warns_of_sizes = True
     weighted_as_input = True
-    crossover = 393_216
+    crossover = 1_048_576
 
     def refuse(h) -> str | None:
         return None if h.delta > 0 else f"delta={h.delta}"

@@ -25,7 +25,7 @@ class NLL(Gather):
     """
 
     ignore_index: int = -100
-    crossover = 6_291_456
+    crossover = 8_388_608
 
 
 def _analyse(function: str, arguments: dict[str, Any]) -> Call | None:
