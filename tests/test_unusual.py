@@ -55,22 +55,20 @@ def test_memory_released_before_a_loss(name: str, place: int, offset: int) -> No
             getattr(ours, name)(*tensors)
 
 
-@each_loss
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "place"), [("cross_entropy", 0), ("l1_loss", 0), ("l1_loss", 1), ("mse_loss", 1)]
+)
 def test_tensors_that_a_transform_has_left_behind(name: str, place: int) -> None:
     """They have no address; torch takes them for what they wrap."""
-    tensors, left = list(arguments(name)), []
+    tensors, left = [t.detach() for t in arguments(name)], []
 
     def leak(x: Tensor) -> Tensor:
         left.append(x)
         return x.sum()
 
-    if place == 0:
-        torch.func.grad(leak)(tensors[0].detach())
-    else:  # class indices have no gradient
-        torch.func.vmap(leak)(tensors[1][None])
+    torch.func.grad(leak)(tensors[place])
     expected = getattr(theirs, name)(*tensors)
-    tensors[place] = left[0].reshape(tensors[place].shape)
+    (tensors[place],) = left
     with pytest.raises(RuntimeError, match="storage"):
         left[0].data_ptr()
     for _ in range(2):
