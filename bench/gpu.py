@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import functools
 import importlib
+import inspect
 import json
 import statistics
 import sys
@@ -174,8 +175,9 @@ def update_contenders(case: Update, device: str, notes: dict[str, str]) -> dict[
     sides = {
         "fastopt": build(getattr(fastopt.optim, case.operation), case.dtype),
         "torch": build(torchs, case.dtype),
-        "torch fused": build(torchs, case.dtype, fused=True),
     }
+    if "fused" in inspect.signature(torchs).parameters:
+        sides["torch fused"] = build(torchs, case.dtype, fused=True)
     known = others([("optimi", "optimi", case.operation)])
     if "optimi" in known:
         how: dict[str, Any] = {"kahan_sum": False}

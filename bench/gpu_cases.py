@@ -94,6 +94,12 @@ LOSSES = [
     Loss("mse_loss", (64 << 20,), F32, 3, compiled=True),
     Loss("mse_loss", (64 << 20,), BF16, 3),
     Loss("l1_loss", (64 << 20,), F32, 3),
+    Loss("smooth_l1_loss", (64 << 20,), F32, 3),
+    Loss("binary_cross_entropy_with_logits", (64 << 20,), F32, 3),
+    # Sizes between which the crossovers of fastopt.front.crossover are, which are derived.
+    Loss("mse_loss", (1 << 20,), F32, 3),
+    Loss("mse_loss", (8 << 20,), F32, 3),
+    _cross_entropy(1024, 32_000, dtype=F32),
     _cross_entropy(8, 10, dtype=F32),
     _cross_entropy(128, 1000, dtype=F32),
     Loss("mse_loss", (1000,), F32, 3),
@@ -108,12 +114,21 @@ _BIG = ((4096, 4096),) * 10
 _LR = {"lr": 0.05}  # large enough to show in bfloat16
 _MOMENTUM = {"lr": 0.05, "momentum": 0.9}
 _THREE = (("Adam", 7, _LR), ("AdamW", 7, _LR), ("SGD", 5, _MOMENTUM))
+_FURTHER = (
+    ("RMSprop", 5),
+    ("Adagrad", 5),
+    ("NAdam", 7),
+    ("RAdam", 7),
+    ("Adadelta", 7),
+    ("Rprop", 7),
+)
 UPDATES = [
     *[
         Update("168M", operation, _BIG, dtype, moved, options)
         for dtype in (F32, BF16)
         for operation, moved, options in _THREE
     ],
+    *[Update("168M", operation, _BIG, F32, moved, _LR) for operation, moved in _FURTHER],
     Update("GPT-2", "AdamW", _GPT2, F32, 7, _LR),
     Update("300 tensors of 16", "Adam", ((16,),) * 300, F32, 7, _LR),
     Update("100 groups of 16", "Adam", ((16,),) * 100, F32, 7, _LR, groups=100),
