@@ -22,6 +22,7 @@ from fastopt.front.call import RECORDS
 from fastopt.front.crossover import crossover, gpu_crossover, quick_test, usual_crossover
 from fastopt.front.torch_only import TorchOnly
 from fastopt.kernels.operation import LinearSoftmax
+from fastopt.nn._log_prob_and_entropy import RowOutcomes
 
 SINGLE = (torch.float32, torch.float32)
 LARGE = 1 << 20
@@ -168,6 +169,10 @@ def test_crossover_of_a_gpu(operation: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert f"fewer than the {limit} " in below.refusals["triton"][0]
     assert below.refusals["triton"][0].endswith("(derived, not measured)")
     assert choose(**call, numel=1, insisted="triton").backend == "triton"
+
+
+def test_what_torch_has_not_has_no_crossover_on_a_gpu() -> None:
+    assert gpu_crossover(RowOutcomes, 4, torch.device("cuda", 0)) == 0
 
 
 @pytest.mark.parametrize("kind", ["cuda", "xpu"])

@@ -81,8 +81,8 @@ def gpu_crossover(operation: type[Operation], itemsize: int, device: torch.devic
         itemsize: bytes of one of input's numbers.
         device: the GPU.
     """
-    if issubclass(operation, LinearSoftmax):  # it is there for its memory
-        return 0
+    if issubclass(operation, LinearSoftmax) or not hasattr(operation, "twin"):
+        return 0  # it is there for its memory, or torch has nothing like it
     if issubclass(operation, Gather):  # which moves as many bytes as torch does
         return NEVER
     # Passes over the elements that are spared, launches of fastopt's, and of torch's.
