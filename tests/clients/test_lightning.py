@@ -18,8 +18,8 @@ import fastopt
 lightning = pytest.importorskip("lightning", reason="Lightning is no dependency of fastopt")
 callbacks = lightning.pytorch.callbacks
 
-# Large enough for the kernels to be chosen: 128,000 logits, 16,384 numbers of hidden states.
-WORDS, WIDTH, CLASSES, BATCH, BATCHES, EPOCHS = 300, 64, 500, 256, 6, 2
+# Large enough for the kernels to be chosen: 281,600 logits, 16,384 numbers of hidden states.
+WORDS, WIDTH, CLASSES, BATCH, BATCHES, EPOCHS = 300, 64, 1_100, 256, 6, 2
 
 
 class Words(lightning.LightningModule):
