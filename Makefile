@@ -17,9 +17,10 @@ DEMO := $(VENV)/.demo
 DEV := $(VENV)/.dev
 # As many processes as cores, a file's tests in one, so that few compile the same kernels, and in
 # the files' order, which ends with short ones (the usual order does with the few tests that take
-# longest); threads that wait leave the cores to the others. Not `python -m`, which would put this folder
-# where others look for the package `kernels` (transformers does).
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+# longest); threads that wait leave the cores to the others. Not `python -m`, which would put this
+# folder where others look for the package `kernels` (transformers does).
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses auto --dist loadfile \
+	--no-loadscope-reorder
 # Modules call the functions, whatever serves those: test_moduleinfo.py is not among them.
 KERNEL_TESTS := $(addprefix tests/test_,losses.py extremes.py loss_contract.py loss_properties.py \
 	opinfo.py linear_cross_entropy.py log_prob_and_entropy.py sizes.py fuzz.py \

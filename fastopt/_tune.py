@@ -42,25 +42,26 @@ def tune(only: Collection[str] = NAMES) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of torch's, about usual calls
         for name in [n for n in NAMES if n in only]:
-            kind = OPERATIONS[name]
-            rows: dict[int, tuple[tuple[int, int], ...]] = {}
-            for size, steps in kind.row_crossover.items():
-                found, above = [], 0
-                for classes, before in steps:
-                    width = (above + classes) // 2 + 1
-                    limit = _measure(name, _DTYPES[size], width, disturb)
-                    what = f"rows of up to {classes} classes of {size} bytes"
-                    _say(f"{name:{widest}s}", before, limit, what)
-                    found.append((classes, limit))
-                    above = classes
-                rows[size] = tuple(found)
-            longest = max((classes for found in rows.values() for classes, _ in found), default=0)
-            width = 8 * longest or _WIDTH
-            limit = _measure(name, torch.float32, width, disturb)
-            _say(f"{name:{widest}s}", kind.crossover, limit, "")
-            limits[name] = Limits(limit, rows)
+            limits[name] = _limits(name, f"{name:{widest}s}", disturb)
     path = measured.write(limits, f"{datetime.date.today():%Y-%m-%d}")
     print(f"{time.perf_counter() - begin:.0f} s in all; kept in {path}, for new processes")
+
+
+def _limits(name: str, label: str, disturb: Callable[[], None]) -> Limits:
+    """Measure those of a loss, and say so under a label."""
+    kind, longest = OPERATIONS[name], 0
+    rows: dict[int, tuple[tuple[int, int], ...]] = {}
+    for size, steps in kind.row_crossover.items():
+        found, above = [], 0
+        for classes, before in steps:
+            limit = _measure(name, _DTYPES[size], (above + classes) // 2 + 1, disturb)
+            _say(label, before, limit, f"rows of up to {classes} classes of {size} bytes")
+            found.append((classes, limit))
+            above = classes
+        rows[size], longest = tuple(found), max(longest, above)
+    limit = _measure(name, torch.float32, 8 * longest or _WIDTH, disturb)
+    _say(label, kind.crossover, limit, "")
+    return Limits(limit, rows)
 
 
 def _say(name: str, before: int, limit: int, what: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,34 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:Profiler record function"),
 ]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("insisted", [False, True])
+@pytest.mark.parametrize("name", ["mse_loss", "cross_entropy"])
+def test_exported(name: str, insisted: bool, strict: bool) -> None:
+    """As torch's own loss, whatever backend is insisted on: an exported program runs without it."""
+
+    class Loss(torch.nn.Module):
+        def __init__(self, library: Any) -> None:
+            super().__init__()
+            self.function = getattr(library.nn.functional, name)
+
+        def forward(self, input: Tensor, target: Tensor) -> Tensor:
+            return self.function(input, target)
+
+    x = torch.randn(1024, 600)
+    given = x, torch.randint(600, (1024,)) if name == "cross_entropy" else torch.randn(1024, 600)
+    batch = {0: torch.export.Dim("batch", min=2, max=10_000)}
+    with fastopt.use_backend("numba") if insisted else nullcontext():
+        ours, theirs = (
+            torch.export.export(Loss(library), given, strict=strict, dynamic_shapes=(batch, batch))
+            for library in (fastopt, torch)
+        )
+    nodes = [[str(node.target) for node in e.graph.nodes] for e in (ours, theirs)]
+    assert nodes[0] == nodes[1]
+    fewer = tuple(t[:7] for t in given)
+    torch.testing.assert_close(ours.module()(*fewer), theirs.module()(*fewer))
 
 
 @pytest.fixture(params=COMPILERS)

@@ -104,6 +104,8 @@ def loss(
             key = key_of(kwargs, values)
             route = cache.find(key)
             if route is None:
+                if torch.compiler.is_compiling():  # by torch.export, which has no Dynamo here
+                    return torchs(*args, **kwargs)
                 if (tracer := tracer_of(*values)) is not None:
                     node: Tensor = tracer.create_proxy("call_function", function, args, kwargs)
                     return node

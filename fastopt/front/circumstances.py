@@ -11,7 +11,7 @@ from torch.utils._device import DeviceContext
 
 from ..kernels.layout import is_released, released_error
 
-__all__ = ["PLAIN", "add_circumstances", "ambience_of", "autocasts", "is_foreign", "is_surrounded"]
+__all__ = ["PLAIN", "add_circumstances", "ambience_of", "autocasts", "is_foreign"]
 
 _AUTOCAST = ("cpu", "cuda", "xpu")
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -19,10 +19,8 @@ PLAIN = (Tensor, torch.nn.Parameter)
 # Names of their own: a training step has emptied the caches, and each look-up waits for memory.
 _functions, _dispatches = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
 _transforms, _tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
-_is_compiling, _is_wrapped = (
-    torch.compiler.is_compiling,
-    torch._C._functorch.is_functorch_wrapped_tensor,
-)
+_is_compiling = torch.compiler.is_compiling
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def autocasts(device: torch.device) -> bool:
@@ -49,18 +47,6 @@ def add_circumstances(tensors: list[Tensor], special: list[str]) -> None:
         if t.device != device:
             special.append("tensors on different devices")
     special += around
-
-
-def is_surrounded() -> bool:
-    """Whether there is anything that `ambience_of` has a word for."""
-    return (
-        (_functions() != 0 and _has_function_mode())
-        or _transforms()
-        or forward_ad._current_level >= 0
-        or _is_compiling()
-        or _dispatches() != 0
-        or _tracing() is not None
-    )
 
 
 def ambience_of() -> list[str]:
@@ -94,4 +80,4 @@ def is_foreign(values: tuple[Any, ...]) -> bool:
     would narrow a trace, or not be known yet.
     """
     foreign = any(isinstance(v, Tensor) and type(v) not in PLAIN for v in values)
-    return foreign or is_surrounded()
+    return foreign or bool(ambience_of())

@@ -14,7 +14,7 @@ from ..kernels.layout import is_released
 from ..kernels.operation import Options
 from .analysis import Call
 from .autograd import Expected, evaluate
-from .circumstances import PLAIN, autocasts, is_surrounded
+from .circumstances import PLAIN, ambience_of, autocasts
 
 __all__ = ["Route", "RouteCache", "key_of"]
 
@@ -113,7 +113,7 @@ def key_of(names: Any, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
         names: of those arguments that were given by name, the last ones.
         values: all arguments.
     """
-    if is_surrounded():
+    if ambience_of():
         return None
     autocast = autocast_somewhere()
     key: list[Any] = [insisted(), autocast, *names]
