@@ -22,6 +22,7 @@ import fastopt
 import fastopt.nn.functional as ours
 from fastopt.dispatch import BACKENDS, Decision
 from fastopt.front import autograd
+from fastopt.front.circumstances import traced
 
 # Sizes and strides of an example say nothing of the reader's call.
 EXAMPLES = (
@@ -80,8 +81,9 @@ Of optimizers:
   parameter, say) are computed with, where torch refuses some of them.
 Of both:
 
-- **Inside torch.compile and torch.jit.trace** torch's own code becomes part of the graph, whatever
-  `use_backend` insists on.
+- **Inside torch.compile** a loss is [an operator of the graph](dispatch.md#inside-torchcompile) and
+  an optimizer's step torch's own code, whatever `use_backend` insists on, as both are in
+  torch.jit.trace.
 - **Precision**: bfloat16 and float16 are computed in float32 and rounded once, so results are
   closer to the exact ones than torch's ([how close](accuracy.md)) and now and then finite where
   torch's overflow.
@@ -243,8 +245,8 @@ CIRCUMSTANCES = [
     Feature("torch.func.vmap", transformed(torch.func.vmap)),
     Feature("forward-mode differentiation, torch.func.jvp", within(forward_ad.dual_level)),
     Feature(
-        "torch.compile (compiled with the rest)",
-        within(lambda: mock.patch("torch.compiler._is_compiling_flag", True)),
+        "inside torch.compile and torch.export, as an operator",
+        within(traced),
     ),
     Feature("a __torch_function__ mode", within(Mode)),
     Feature("a tensor subclass", lambda op: usual(op, torch.randn(4, 6).as_subclass(Subclass))),
@@ -286,7 +288,7 @@ def how(derivative: Derivative, operation: str) -> str:
     x = torch.randn(4, 6, requires_grad=True)
     with fastopt.use_backend("numba"):
         loss = getattr(ours, operation)(x, target_of(operation, x))
-    with mock.patch.object(autograd, "_torch_grads", wraps=autograd._torch_grads) as seen:
+    with mock.patch.object(autograd, "reference_grads", wraps=autograd.reference_grads) as seen:
         derivative.run(loss, x)
     return "torch's derivative of the same function" if seen.called else "kernel"
 

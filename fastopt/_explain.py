@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from .dispatch import Decision
 from .errors import wrapper_hint
 from .front.call import LossModule
+from .front.circumstances import traced
 from .nn._operations import FUNCTIONS, MODULES
 from .optim._operations import CLASSES
 from .optim._planned import PlannedStep
@@ -25,7 +27,7 @@ class Explanation(tuple[Decision, ...]):
         return "\n".join(map(str, self)) or "no parameters to update"
 
 
-def explain(subject: Any, /, *args: Any, **kwargs: Any) -> Explanation:
+def explain(subject: Any, /, *args: Any, compiled: bool = False, **kwargs: Any) -> Explanation:
     """Say which backend runs a call and, for every other one, each reason why it doesn't.
 
     Nothing is computed or changed.
@@ -36,17 +38,24 @@ def explain(subject: Any, /, *args: Any, **kwargs: Any) -> Explanation:
             one of their own dtype and layout. Or a fastopt AveragedModel, followed by the model
             that ``update_parameters`` is given.
 
+        compiled: of a loss, how it would run inside of what torch.compile compiles.
+
     Returns:
         A tuple of :class:`fastopt.dispatch.Decision` that prints as the explanation.
 
     Raises:
-        TypeError: subject is none of these.
+        TypeError: subject is none of these; or `compiled` with something else than a loss.
         BackendUnavailable: inside ``use_backend``, that backend can't serve the call.
 
     Example:
         >>> print(fastopt.explain(fastopt.nn.MSELoss(), x, y))
         >>> print(fastopt.explain(optimizer))
     """
+    if compiled and isinstance(subject, (PlannedStep, TorchsStep, AveragedModel)):
+        raise TypeError(
+            f"compiled=True is for losses, not for an object of {type(subject).__name__}: inside "
+            "torch.compile a step is torch's own code"
+        )
     if isinstance(subject, (PlannedStep, TorchsStep)):
         if args or kwargs:
             raise TypeError("an optimizer is explained by itself, without further arguments")
@@ -56,7 +65,8 @@ def explain(subject: Any, /, *args: Any, **kwargs: Any) -> Explanation:
     if isinstance(subject, LossModule) and not hasattr(subject, "decide"):
         kwargs, subject = {**subject._options(), **kwargs}, type(subject)._function
     if hasattr(subject, "decide"):
-        return Explanation((subject.decide(*args, **kwargs),))
+        with traced() if compiled else nullcontext():
+            return Explanation((subject.decide(*args, **kwargs),))
     known = {
         "fastopt.nn": MODULES, "fastopt.nn.functional": FUNCTIONS, "fastopt.optim": CLASSES,
         "fastopt.optim.swa_utils": ["AveragedModel"],

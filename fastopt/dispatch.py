@@ -19,8 +19,10 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from .errors import BackendUnavailable
+from .kernels.operation import NEVER
 
 __all__ = ["BACKENDS", "Backend", "Decision", "Request", "Rule", "choose", "load", "use_backend"]
 
@@ -187,7 +189,12 @@ _COMMON = (
 _PAYS = Rule(
     lambda r: r.numel >= r.crossover,
     lambda r: (
-        f"{r.numel} elements, fewer than the {r.crossover} from which compiled code pays off"
+        (
+            "torch's own code is at least as fast at any size"
+            if r.crossover >= NEVER
+            else f"{r.numel} elements, fewer than the {r.crossover} from which compiled code "
+            "pays off"
+        )
         + ("" if r.device == "cpu" else " (derived, not measured)")
     ),
     advisory=True,
@@ -354,7 +361,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     What counts is where the call is made; for an optimizer that is ``step``, and the
     backward pass of a loss keeps the backend of its forward pass. Concerns the current
-    thread and the tasks it starts.
+    thread and the tasks it starts; a function of torch.compile is compiled anew inside, and takes
+    no notice of whose thread it was.
 
     Args:
         name: "triton", "numba" or "reference".
@@ -370,8 +378,20 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"no backend {name!r} (available: {', '.join(BACKENDS)})")
-    token = _insisted.set(name)
+    # A graph of torch.compile is guarded by what is in a list, and by no context variable.
+    _blocks.append(name)
+    token = None if is_dynamo_compiling() else _insisted.set(name)
     try:
         yield
     finally:
-        _insisted.reset(token)
+        _blocks.remove(name)
+        if token is not None:
+            _insisted.reset(token)
+
+
+_blocks: list[str] = []
+
+
+def insisted_while_tracing() -> str | None:
+    """The backend of the innermost use_backend, of any thread, for a program that is traced."""
+    return _blocks[-1] if _blocks else None

@@ -75,3 +75,23 @@ class Loops(NamedTuple):
         result: Tensors
         result = self.of(options).backward(options, tensors, grads, kept, grad_output, needs)
         return result
+
+    def early(self, options: Options, tensors: Tensors) -> bool:
+        """Whether `forward` leaves gradients, by a loop to which none of its own is known."""
+        loop, input = self.of(options), tensors[0]
+        assert input is not None
+        return isinstance(loop, Linear) and loop.pieces.early(options, input.dtype)
+
+    def backward_alone(
+        self,
+        options: Options,
+        tensors: Tensors,
+        grads: Tensors | None,
+        grad_output: torch.Tensor,
+        needs: tuple[bool, ...],
+    ) -> Tensors:
+        """As `backward`, where nothing else is left of the forward pass."""
+        kept: Tensors = ()
+        if getattr(self.of(options), "KEEPS", False):
+            kept = self.forward(options, tensors, needs)[2]
+        return self.backward(options, tensors, grads, kept, grad_output, needs)

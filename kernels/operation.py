@@ -15,9 +15,12 @@ import torch
 from typing_extensions import dataclass_transform  # of typing from Python 3.11 on
 
 __all__ = [
-    "Elementwise", "Gather", "LinearSoftmax", "Loss", "Operation", "Options", "Rowwise", "Softmax",
-    "Update",
+    "NEVER", "Elementwise", "Gather", "LinearSoftmax", "Loss", "Operation", "Options", "Rowwise",
+    "Softmax", "Update",
 ]  # fmt: skip
+
+#: The crossover of a loss whose kernel is the slower one at any size.
+NEVER = 1 << 40
 
 
 @dataclass_transform(frozen_default=True)
@@ -35,6 +38,8 @@ class Operation:
             where a class says nothing, what is usual for a function like its twin.
         row_crossover: the same for rows of up to so many classes side by side, by the bytes of
             a number: pairs (classes, elements), in order.
+        compiled_crossover: the same for a call inside torch.compile, whose own code for a loss is
+            one pass, too, and is taken at any size where a class says nothing.
         variants: keyword arguments of usual calls that are compiled apart from each other.
         rescaled: whether gradients for one grad_output are sooner made those for another one than
             computed.
@@ -50,6 +55,7 @@ class Operation:
     checked: ClassVar[bool] = False
     crossover: ClassVar[int]
     row_crossover: ClassVar[Mapping[int, tuple[tuple[int, int], ...]]] = {}
+    compiled_crossover: ClassVar[int] = NEVER
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     rescaled: ClassVar[bool] = False
 

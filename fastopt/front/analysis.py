@@ -10,11 +10,11 @@ from torch import Tensor
 
 from .. import dispatch
 from ..dispatch import Request
-from ..kernels.operation import Elementwise, Loss, Operation, Options, Rowwise
-from .circumstances import add_circumstances, autocasts
+from ..kernels.operation import NEVER, Elementwise, Loss, Operation, Options, Rowwise
+from .circumstances import add_circumstances, autocasts, is_traced
 from .crossover import crossover, gpu_crossover
 
-__all__ = ["Call", "analyse", "prepare"]
+__all__ = ["Call", "analyse", "expected_size", "prepare"]
 
 _DEPRECATED = ("size_average", "reduce")
 
@@ -176,6 +176,14 @@ def _result_dtype(given: list[Tensor]) -> torch.dtype:
     return dtype
 
 
+def expected_size(size: Any) -> Any:
+    """How large what is a symbol in a graph was when it was traced; NEVER where nobody knows."""
+    if type(size) is int or not is_traced():
+        return size
+    hint = size.node.hint
+    return NEVER if hint is None else int(hint)
+
+
 def prepare(
     function: str,
     record: Operation,
@@ -222,14 +230,15 @@ def prepare(
         if torch.float64 in dtypes:
             special.append("float64 under autocast, which leaves it alone")
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    numel = input.numel()
+    numel: Any = expected_size(input.numel())
     if type(numel) is not int:
         special.append(f"{numel} elements, a symbol")
         numel = row = classes = 0
     kind, itemsize = type(record), input.dtype.itemsize
     request = Request(
         function, device.type, dtypes, numel, tuple(special), capability, dispatch.insisted(),
-        gpu_crossover(kind, itemsize, device) if capability or device.type == "xpu"
+        kind.compiled_crossover if is_traced()
+        else gpu_crossover(kind, itemsize, device) if capability or device.type == "xpu"
         else crossover(kind, itemsize, row),
         label,
     )  # fmt: skip

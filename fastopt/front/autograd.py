@@ -133,7 +133,7 @@ class _FusedLoss(torch.autograd.Function):
             grad_output = grad_output.resolve_neg()
         if torch.is_grad_enabled() or _is_followed(grad_output):  # create_graph and the like
             tensors, _ = _saved(ctx)
-            grads = _torch_grads(ctx.options, tensors, grad_output, needs)
+            grads = reference_grads(ctx.options, tensors, grad_output, needs)
         else:
             number = ctx.backend.number_of(grad_output)
             if number is not None:
@@ -172,7 +172,7 @@ def _is_followed(grad_output: Tensor) -> bool:
     )
 
 
-def _torch_grads(
+def reference_grads(
     options: Options, tensors: Tensors, grad_output: Tensor, needs: tuple[bool, ...]
 ) -> Tensors:
     """The gradients by torch's own operations, themselves differentiable if need be."""

@@ -20,6 +20,7 @@ from . import measured
 from .analysis import Call, analyse
 from .circumstances import is_foreign
 from .crossover import quick_test, usual_crossover
+from .operators import Operators
 from .route import RouteCache, key_of
 
 # Names of their own, for what the smallest calls have to ask.
@@ -91,8 +92,10 @@ def loss(
 
         @functools.wraps(documented)
         def function(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-            if is_compiled() or tracing_state() is not None:
-                return torchs(*args, **kwargs)  # one node of the graph, compiled with the rest
+            if is_compiled():
+                return operators.call(args, kwargs)
+            if tracing_state() is not None:
+                return torchs(*args, **kwargs)  # one node of the trace
             # `choose` would say the same, but asking takes a few microseconds of a small call's 15.
             if args and type(args[0]) is Tensor and (
                 (args[0].numel() < surely or is_small(args[0]))
@@ -105,7 +108,7 @@ def loss(
             route = cache.find(key)
             if route is None:
                 if torch.compiler.is_compiling():  # by torch.export, which has no Dynamo here
-                    return torchs(*args, **kwargs)
+                    return operators.call(args, kwargs)
                 if (tracer := tracer_of(*values)) is not None:
                     node: Tensor = tracer.create_proxy("call_function", function, args, kwargs)
                     return node
@@ -131,6 +134,7 @@ def loss(
             decision = dispatch.choose(call.request)
             return dispatch.describe(decision, "describe", call.options, call.tensors)
 
+        operators = Operators(name, operation, signature, function, torchs, analysed)
         function.decide = decide  # type: ignore[attr-defined]
         # torch.jit.script would compile the body, a docstring
         function.__prepare_scriptable__ = lambda: getattr(F, name, torchs)  # type: ignore[attr-defined]

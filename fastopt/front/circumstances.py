@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 from ..kernels.layout import is_released, released_error
 
-__all__ = ["PLAIN", "add_circumstances", "ambience_of", "autocasts", "is_foreign"]
+__all__ = [
+    "PLAIN", "TRACED", "add_circumstances", "ambience_of", "autocasts", "is_foreign", "is_traced",
+    "traced",
+]  # fmt: skip
 
 _AUTOCAST = ("cpu", "cuda", "xpu")
 PLAIN = (Tensor, torch.nn.Parameter)
+#: What a graph is traced with.
+TRACED = (FakeTensor, FunctionalTensor)
 
 # Names of their own: a training step has emptied the caches, and each look-up waits for memory.
 _functions, _dispatches = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
 _transforms, _tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
 _is_compiling = torch.compiler.is_compiling
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+_is_traced: ContextVar[bool] = ContextVar("fastopt_traced", default=False)
+is_traced = _is_traced.get
+
+
+@contextmanager
+def traced() -> Iterator[None]:
+    """Here a call is analysed whose operator is traced: for that, nothing is foreign about it."""
+    token = _is_traced.set(True)
+    try:
+        yield
+    finally:
+        _is_traced.reset(token)
 
 
 def autocasts(device: torch.device) -> bool:
@@ -30,9 +54,10 @@ def autocasts(device: torch.device) -> bool:
 
 def add_circumstances(tensors: list[Tensor], special: list[str]) -> None:
     """Note what only torch itself can follow, in the tensors and around the call."""
-    device, around = tensors[0].device, ambience_of()
+    device, around, in_graph = tensors[0].device, ambience_of(), is_traced()
+    known = (*PLAIN, *TRACED) if in_graph else PLAIN
     for t in tensors:
-        if type(t) not in PLAIN:
+        if type(t) not in known:
             special.append(f"a tensor of type {type(t).__name__}")
         elif t.layout is not torch.strided:
             special.append(f"layout={t.layout}")
@@ -40,6 +65,8 @@ def add_circumstances(tensors: list[Tensor], special: list[str]) -> None:
             special.append("a lazily negated tensor")
         elif t._is_zerotensor():
             special.append("a tensor of zeros without memory")
+        elif in_graph:
+            pass  # what a graph is traced with has no memory
         elif not around and _is_wrapped(t):
             special.append("a tensor that a torch.func transform has left behind")
         elif not around and is_released(t):  # under a transform tensors have no address
@@ -58,6 +85,8 @@ def ambience_of() -> list[str]:
         special.append("a torch.func transform")
     if forward_ad._current_level >= 0:
         special.append("forward-mode differentiation")
+    if is_traced():
+        return special
     if _is_compiling():
         special.append("torch.compile")
     if _dispatches() or _tracing() is not None:

@@ -16,12 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.operation import Gather, LinearSoftmax, Operation, Rowwise, Softmax
+from ..kernels.operation import NEVER, Gather, LinearSoftmax, Operation, Rowwise, Softmax
 
 __all__ = ["NEVER", "crossover", "gpu_crossover", "quick_test", "usual_crossover"]
-
-#: That of a loss whose kernel is the slower one at any size.
-NEVER = 1 << 40
 
 # What a GPU's crossovers are derived from: seconds that a call of fastopt's, its backward pass
 # included, keeps the host busy beyond torch's, before launches (140 to 220 µs in context, as

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..dispatch import Decision
-from ..front.analysis import Call, prepare
+from ..front.analysis import Call, expected_size, prepare
 from ..front.call import REDUCTIONS, LossModule, loss
 from ..front.circumstances import autocasts
 from ..kernels.operation import LinearSoftmax
@@ -159,8 +160,8 @@ def _analyse(function: str, arguments: dict[str, Any]) -> Call | None:
             special.append("class probabilities under autocast")
     elif len(dtypes) > 1:
         special.append(f"a layer of dtypes {', '.join(sorted(map(str, dtypes)))}")
-    rows, places = input.shape[:-1].numel(), linear_weight.shape[1:-1]
-    classes, columns = len(linear_weight), linear_weight.shape[:-1].numel()
+    rows, places = math.prod(input.shape[:-1]), linear_weight.shape[1:-1]
+    classes, columns = len(linear_weight), math.prod(linear_weight.shape[:-1])
     flat = target.flatten(0, input.dim() - 2) if input.dim() > 2 else target
     # The same rules as for logits, of the size and the layout that they would have.
     each = (rows,) * (input.dim() > 1)
@@ -173,7 +174,7 @@ def _analyse(function: str, arguments: dict[str, Any]) -> Call | None:
         function, LinearCrossEntropy(*options), tuple(REDUCTIONS), arguments["reduction"],
         input.dtype, tensors, special, 0, classes, None if soft else 2,
     )  # fmt: skip
-    return call._replace(request=call.request._replace(numel=rows * columns))
+    return call._replace(request=call.request._replace(numel=expected_size(rows * columns)))
 
 
 @loss(LinearCrossEntropy, analysis=_analyse, torchs=_plain)

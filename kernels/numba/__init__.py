@@ -1,9 +1,10 @@
 """The CPU backend: Numba kernels, one parallel region a call.
 
-Importing this module imports numba. A backend offers `forward` and `backward` (described in
-kernels/losses.py) and `number_of` for losses, `outcomes` and `gradient` for rows of logits
-(kernels/outcomes.py), `step_launcher` and `factored_launcher` for optimizers, `total_norm`,
-`scale_all` and `clamp_all` for gradients (described in fastopt.nn.utils.clip_grad), `empty_cache`.
+Importing this module imports numba. A backend offers `forward`, `backward`, `backward_alone` and
+`early` (described in kernels/losses.py) and `number_of` for losses, `outcomes` and `gradient` for
+rows of logits (kernels/outcomes.py), `step_launcher` and `factored_launcher` for optimizers,
+`total_norm`, `scale_all` and `clamp_all` for gradients (described in
+fastopt.nn.utils.clip_grad), `empty_cache`.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from .outcomes import gradient, outcomes
 from .pieces import Pieces
 
 __all__ = [
-    "Pieces", "backward", "clamp_all", "empty_cache", "factored_launcher", "forward", "gradient",
-    "number_of", "outcomes", "scale_all", "step_launcher", "total_norm",
+    "Pieces", "backward", "backward_alone", "clamp_all", "early", "empty_cache",
+    "factored_launcher", "forward", "gradient", "number_of", "outcomes", "scale_all",
+    "step_launcher", "total_norm",
 ]  # fmt: skip
 
 _loops = Loops(flat, rows, cross_entropy, gather, Linear(Pieces))
 forward, backward = _loops.forward, _loops.backward
+early, backward_alone = _loops.early, _loops.backward_alone
 
 
 def number_of(grad_output: torch.Tensor) -> float | None:

@@ -28,6 +28,8 @@ TILE_BYTES = 1 << 16
 NARROWEST = 64
 # Positions to read, and elements of a gradient to write, for a thread to be worth it.
 POSITION_GRAIN, GRAIN = 4096, 32_768
+# `backward` wants to see what `forward` keeps.
+KEEPS = True
 
 Tensors = tuple[torch.Tensor | None, ...]
 

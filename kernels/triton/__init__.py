@@ -22,13 +22,14 @@ from .outcomes import gradient, outcomes
 from .pieces import Pieces
 
 __all__ = [
-    "Pieces", "backward", "clamp_all", "describe", "describe_factored", "describe_step",
-    "empty_cache", "factored_launcher", "forward", "gradient", "number_of", "outcomes", "scale_all",
-    "step_launcher", "total_norm",
+    "Pieces", "backward", "backward_alone", "clamp_all", "describe", "describe_factored",
+    "describe_step", "early", "empty_cache", "factored_launcher", "forward", "gradient",
+    "number_of", "outcomes", "scale_all", "step_launcher", "total_norm",
 ]  # fmt: skip
 
 _loops = Loops(flat, rows, cross_entropy, gather, Linear(Pieces))
 forward, backward = _loops.forward, _loops.backward
+early, backward_alone = _loops.early, _loops.backward_alone
 
 
 def number_of(grad_output: torch.Tensor) -> None:

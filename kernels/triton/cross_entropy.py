@@ -49,6 +49,8 @@ LONGEST_TILE = 16_384
 STRIDED_COLUMNS = 64
 # Positions and programs of the kernel that sums up the targets' weights.
 MASS_SPAN, MASS_PROGRAMS = 4096, 128
+# `backward` wants to see what `forward` keeps.
+KEEPS = True
 
 
 class Tiling(NamedTuple):

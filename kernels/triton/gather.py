@@ -21,6 +21,8 @@ from .gather_loops import gather_rows, mean_of, scatter_rows
 
 # Positions of a program at a time, and the most programs, whose sums one program adds up.
 BLOCK, PROGRAMS, THREADS = 512, 2048, 256
+# `backward` wants to see what `forward` keeps.
+KEEPS = True
 
 Tensors = tuple[torch.Tensor | None, ...]
 
