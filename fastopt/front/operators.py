@@ -18,7 +18,7 @@ import types
 import typing
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +33,8 @@ __all__ = ["Operators"]
 
 Tensors = tuple[Tensor | None, ...]
 
-_LIBRARY: Any = torch.library.Library("fastopt", "DEF")  # type: ignore[no-untyped-call]
+#: By a loss's name. A module that is loaded again defines its own anew.
+_LIBRARIES: dict[str, Any] = {}
 _SCHEMA = {bool: "bool", int: "int", float: "float", str: "str"}
 _EXACT = (torch.Tag.needs_exact_strides,)
 
@@ -56,6 +57,9 @@ class Operators:
         analysis: Callable[[tuple[Any, ...], dict[str, Any]], Any],
     ) -> None:  # fmt: skip
         self._name, self._operation, self._function = name, operation, function
+        if name in _LIBRARIES:
+            _LIBRARIES.pop(name)._destroy()
+        self._library = _LIBRARIES[name] = torch.library.Library("fastopt", "FRAGMENT")  # type: ignore[no-untyped-call]
         self._torchs, self._analysis = torchs, analysis
         self._parameters = list(signature.parameters)
         #: Of the arguments that an operator can have: the types that their values have.
@@ -77,8 +81,8 @@ class Operators:
             arguments.append(f"{word}{optional} {parameter.name}{default}")
             self._kinds[parameter.name] = (*kinds, int) if float in kinds else kinds
         arguments += [*([] if star else ["*"]), "str? backend=None"]
-        _LIBRARY.define(f"{name}({', '.join(arguments)}) -> Tensor")
-        _LIBRARY.impl(name, self._composed, "CompositeImplicitAutograd")
+        self._library.define(f"{name}({', '.join(arguments)}) -> Tensor")
+        self._library.impl(name, self._composed, "CompositeImplicitAutograd")
         self._define_kernels()
         self._operator = getattr(torch.ops.fastopt, name)
 
@@ -106,10 +110,14 @@ class Operators:
         if chosen in (None, "reference"):
             return self._torchs(*args, **kwargs)
         tensors = call.tensors
-        tensors = call.tensors
         if issubclass(self._operation, LinearSoftmax):
             tensors = call.options.record.arrange(*tensors)
-        result: Tensor = _Traced.apply(self, chosen, call.options, *tensors)  # type: ignore[no-untyped-call]
+        result: Tensor
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            result = _Traced.apply(self, chosen, call.options, *tensors)  # type: ignore[no-untyped-call]
+        else:
+            rest = _rest(call.options, chosen, (False,) * len(tensors))
+            result, _ = self.forward(*tensors, *rest)
         return result
 
     # -- the kernels ---------------------------------------------------------------------
@@ -127,14 +135,14 @@ class Operators:
             ]
         )
         forward, backward = f"{self._name}_forward", f"{self._name}_backward"
-        _LIBRARY.define(f"{forward}({arguments}) -> (Tensor, Tensor[])", tags=_EXACT)
-        _LIBRARY.define(
+        self._library.define(f"{forward}({arguments}) -> (Tensor, Tensor[])", tags=_EXACT)
+        self._library.define(
             f"{backward}(Tensor grad_output, Tensor[] grads, {arguments}) -> Tensor[]", tags=_EXACT
         )
-        _LIBRARY.impl(forward, self._run_forward, "CompositeExplicitAutograd")
-        _LIBRARY.impl(backward, self._run_backward, "CompositeExplicitAutograd")
-        _LIBRARY._register_fake(forward, self._fake_forward)
-        _LIBRARY._register_fake(backward, self._fake_backward)
+        self._library.impl(forward, self._run_forward, "CompositeExplicitAutograd")
+        self._library.impl(backward, self._run_backward, "CompositeExplicitAutograd")
+        self._library._register_fake(forward, self._fake_forward)
+        self._library._register_fake(backward, self._fake_backward)
         self.forward = getattr(torch.ops.fastopt, forward).default
         self.backward = getattr(torch.ops.fastopt, backward).default
 
@@ -199,6 +207,13 @@ class Operators:
         return _empty_gradients(tensors, needs)
 
 
+def _rest(options: Options, backend: str, needs: tuple[bool, ...]) -> tuple[Any, ...]:
+    """What the operators that run kernels are given beside tensors."""
+    record: Any = options.record
+    numbers = [getattr(record, f.name) for f in dataclasses.fields(record)]
+    return (*numbers, options.reduction, options.dtype, backend, needs)
+
+
 def _empty_gradients(tensors: Tensors, needs: tuple[bool, ...]) -> list[Tensor]:
     pairs = zip(tensors, needs, strict=True)
     return [torch.empty_like(t) for t, need in pairs if need and t is not None]
@@ -221,10 +236,9 @@ class _Traced(torch.autograd.Function):
     def forward(
         ctx: Any, operators: Operators, backend: str, options: Options, *tensors: Tensor | None
     ) -> Tensor:
-        needs, record = ctx.needs_input_grad[3:], cast("Any", options.record)
-        numbers = [getattr(record, f.name) for f in dataclasses.fields(record)]
+        needs = ctx.needs_input_grad[3:]
         ctx.operators, ctx.options, ctx.needs = operators, options, needs
-        ctx.rest = (*numbers, options.reduction, options.dtype, backend, needs)
+        ctx.rest = _rest(options, backend, needs)
         loss, grads = operators.forward(*tensors, *ctx.rest)
         ctx.given = tuple([t is not None for t in tensors])
         ctx.save_for_backward(*[t for t in tensors if t is not None], *grads)
