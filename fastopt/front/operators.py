@@ -59,8 +59,8 @@ class Operators:
         self._name, self._operation, self._function = name, operation, function
         if name in _LIBRARIES:
             _LIBRARIES.pop(name)._destroy()
-        self._library: Any = torch.library.Library("fastopt", "FRAGMENT")  # type: ignore[no-untyped-call]
-        _LIBRARIES[name] = self._library
+        _LIBRARIES[name] = torch.library.Library("fastopt", "FRAGMENT")  # type: ignore[no-untyped-call]
+        self._library = _LIBRARIES[name]
         self._torchs, self._analysis = torchs, analysis
         self._parameters = list(signature.parameters)
         #: Of the arguments that an operator can have: the types that their values have.
