@@ -14,6 +14,7 @@ import torch.nn.utils.clip_grad as torchs_clipping
 from torch.nn.modules.loss import _Loss
 from torch.optim import Optimizer
 
+from ._language_models import convert_language_models
 from .errors import wrapper_hint
 from .front.call import LossModule
 from .nn._operations import MODULES
@@ -47,15 +48,18 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
         subject: an optimizer whose class is torch's own and one that fastopt has, too; or a
             module, of which every loss changes whose class fastopt has, itself included, and so
             does an AveragedModel. Losses called as functions in a forward are no modules, and
-            stay torch's. Or `torch.nn.utils`.
+            stay torch's, but for causal language models of transformers: there the output
+            embedding, a Linear, and `loss_function` change, and in training the loss is
+            :func:`fastopt.nn.functional.linear_cross_entropy`, with `outputs.logits` computed
+            only if they are read. Or `torch.nn.utils`.
         to: "fastopt" or "torch".
 
     Returns:
         subject.
 
     Warns:
-        UserWarning: names the loss modules that were left alone, and why; or the functions of
-            `torch.nn.utils` that somebody else has replaced.
+        UserWarning: names the loss modules and language models that were left alone, and why;
+            or the functions of `torch.nn.utils` that somebody else has replaced.
 
     Raises:
         TypeError: an optimizer of another class (of a subclass, too, whose own ways could be
@@ -161,6 +165,7 @@ def _convert_modules(subject: torch.nn.Module, twins: _Twins, to: str) -> None:
             module.__class__ = twins[kind]
         elif kind not in twins.values() and (why := _why_left(module, twins, to)):
             left.append(f"{path or 'the module itself'} ({why})")
+    left += convert_language_models(subject, to)
     if left:
         warnings.warn(f"fastopt.convert left alone: {', '.join(left)}", stacklevel=3)
 
