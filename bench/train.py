@@ -1,7 +1,8 @@
-"""Train a small language model twice, with torch's loss and optimizer and with fastopt's.
+"""Train a small language model with torch's loss and optimizer, and with fastopt's: its
+cross-entropy, and its linear cross-entropy in the place of head and loss.
 
-Both runs start from the same weights and see the same batches. They take turns step by
-step, so that whatever else the machine does slows both, and the median step counts.
+All runs start from the same weights and see the same batches. They take turns step by
+step, so that whatever else the machine does slows all, and the median step counts.
 """
 
 from __future__ import annotations
@@ -10,14 +11,10 @@ import argparse
 import copy
 import functools
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
 
 import matplotlib
 
@@ -27,137 +24,22 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from text import VOCABULARY, batches, read_corpus
-from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
+from training import (
+    BATCH,
+    CONTEXT,
+    LAST,
+    LAYERS,
+    LEARNING_RATES,
+    WIDTH,
+    LanguageModel,
+    Run,
+    StepTime,
+)
 
 import fastopt
 
-BATCH, CONTEXT = 8, 64
-WIDTH, HEADS, LAYERS = 128, 4, 2
-WARM_UP = 5  # steps that the timings leave out
-LAST = 10  # steps over which the final loss is averaged
 EARLY = 20  # steps for which rounding has hardly had time to add up
-LEARNING_RATES = {"SGD": 0.3, "Adam": 1e-3, "AdamW": 1e-3, "RMSprop": 5e-4}
-
-
-class LanguageModel(nn.Module):
-    """A causal transformer: tokens (batch, context) to logits (batch * context, vocabulary)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(VOCABULARY, WIDTH)
-        self.places = nn.Embedding(CONTEXT, WIDTH)
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                WIDTH, HEADS, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True
-            )
-            for _ in range(LAYERS)
-        )
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
-        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(CONTEXT))
-        for embedding in (self.tokens, self.places):
-            nn.init.normal_(embedding.weight, std=0.02)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits for the token after each one."""
-        hidden = self.tokens(tokens) + self.places.weight
-        for layer in self.layers:
-            hidden = layer(hidden, src_mask=self.mask, is_causal=True)
-        logits: Tensor = self.head(self.norm(hidden)).flatten(0, 1)
-        return logits
-
-
-class StepTime(NamedTuple):
-    """Seconds that the parts of one step took."""
-
-    model: float
-    loss: float
-    optimizer: float
-
-
-class Stopwatch:
-    """Seconds since the last look, with the device's work done."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._last = 0.0
-        self.lap()
-
-    def lap(self) -> float:
-        """Seconds since the last call, or since creation."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        last, self._last = self._last, time.perf_counter()
-        return self._last - last
-
-
-class Run:
-    """One of the two trainings.
-
-    Args:
-        library: torch or fastopt, where the loss and the optimizer come from.
-        optimizer: name of the optimizer's class.
-        model: trained in place.
-        backend: makes the context that the library's calls run in.
-    """
-
-    def __init__(
-        self,
-        library: ModuleType,
-        optimizer: str,
-        model: nn.Module,
-        backend: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> None:
-        self.name = library.__name__
-        self.model = model
-        self.backend = backend
-        self.criterion = library.nn.CrossEntropyLoss()
-        make = getattr(library.optim, optimizer)
-        self.optimizer: torch.optim.Optimizer = make(
-            model.parameters(), lr=LEARNING_RATES[optimizer]
-        )
-        self.losses: list[float] = []
-        self.times: list[StepTime] = []
-
-    def step(self, tokens: Tensor, targets: Tensor) -> None:
-        """Train on one batch and note the loss and the times."""
-        watch = Stopwatch(tokens.device)
-        logits = self.model(tokens)
-        model = watch.lap()
-        with self.backend():
-            loss = self.criterion(logits, targets)
-        (gradient,) = torch.autograd.grad(loss, logits)
-        loss_time = watch.lap()
-        logits.backward(gradient)
-        model += watch.lap()
-        # Freeing tensors of 64 MB takes milliseconds. Each counts where it was allocated.
-        del gradient
-        loss_time += watch.lap()
-        del logits
-        model += watch.lap()
-        with self.backend():
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.times.append(StepTime(model, loss_time, watch.lap()))
-        self.losses.append(loss.item())
-
-    def explain(self, tokens: Tensor, targets: Tensor) -> str:
-        """What fastopt says about this run's loss call and optimizer."""
-        with torch.no_grad(), self.backend():
-            loss = fastopt.explain(self.criterion, self.model(tokens), targets)
-            return f"{loss}\n{fastopt.explain(self.optimizer)}"
-
-    def medians(self) -> dict[str, float]:
-        """Median milliseconds of each part and of the whole step, after the warm-up."""
-        counted = self.times[WARM_UP:]
-        rows = {part: [getattr(t, part) for t in counted] for part in StepTime._fields}
-        rows["whole step"] = [sum(t) for t in counted]
-        return {name: 1e3 * statistics.median(seconds) for name, seconds in rows.items()}
-
-    def final_loss(self) -> float:
-        """Mean loss of the last steps."""
-        return statistics.fmean(self.losses[-LAST:])
 
 
 def main() -> None:
@@ -176,23 +58,27 @@ def main() -> None:
     if arguments.backend != "auto":
         backend = functools.partial(fastopt.use_backend, arguments.backend)
     ours = Run(fastopt, arguments.optimizer, copy.deepcopy(model), backend)
-    theirs = Run(torch, arguments.optimizer, model)
+    linear = Run(fastopt, arguments.optimizer, copy.deepcopy(model), backend, linear=True)
+    runs = [Run(torch, arguments.optimizer, model), ours, linear]
     try:
-        explanation = ours.explain(*next(data))
-        progress = tqdm(range(arguments.steps), desc="training both", unit="step", mininterval=0.5)
+        batch = next(data)
+        explanation = "\n".join(run.explain(*batch) for run in (ours, linear))
+        progress = tqdm(range(arguments.steps), desc="training all", unit="step", mininterval=0.5)
         for step in progress:
             batch = next(data)
-            # Taking turns at going first: the second finds the batch in the cache.
-            for run in (theirs, ours) if step % 2 else (ours, theirs):
+            # Taking turns at going first: the others find the batch in the cache.
+            first = step % len(runs)
+            for run in runs[first:] + runs[:first]:
                 run.step(*batch)
-            progress.set_postfix({run.name: f"{run.losses[-1]:.3f}" for run in (theirs, ours)})
+            progress.set_postfix({run.name: f"{run.losses[-1]:.3f}" for run in runs})
+        peaks = [run.memory(*batch) for run in runs]
     except fastopt.BackendUnavailable as error:
         sys.exit(f"{Path(__file__).name}: {error}")
 
     print(f"\n{explanation}\n")
-    report(theirs, ours)
+    report(runs, peaks)
     picture = arguments.out / "loss_and_time.png"
-    draw(theirs, ours, arguments.optimizer, picture)
+    draw(runs, arguments.optimizer, picture)
     print(f"machine: {describe_machine(arguments.device)}")
     print(f"picture: {picture}")
 
@@ -204,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--optimizer", choices=LEARNING_RATES, default="AdamW", help="with its default options")
-    add("--steps", type=whole_number(EARLY), default=350, help="of each of the two runs")
+    add("--steps", type=whole_number(EARLY), default=300, help="of each of the three runs")
     add(
         "--backend",
         choices=("auto", *fastopt.dispatch.BACKENDS),
@@ -257,29 +143,48 @@ def folder(text: str) -> Path:
     return path
 
 
-def report(theirs: Run, ours: Run) -> None:
-    """Print the times and how far the losses agree."""
-    compiling = ours.times[0].loss + ours.times[0].optimizer
-    print(f"compile: {compiling:.1f} s (first loss and optimizer step, short if compiled before)")
+def report(runs: list[Run], peaks: list[int | None]) -> None:
+    """Print times and memory, and how far the losses agree."""
+    first = sum(run.times[0].loss + run.times[0].optimizer for run in runs[1:])
+    print(f"compile: {first:.1f} s (first losses and optimizer steps, short if compiled before)\n")
 
-    print(f"\n{'median of':12}{'torch ms':>12}{'fastopt ms':>12}{'ratio':>8}")
-    mine = ours.medians()
-    for part, milliseconds in theirs.medians().items():
-        ratio = milliseconds / mine[part]
-        print(f"{part:12}{milliseconds:12.1f}{mine[part]:12.1f}{ratio:8.2f}")
+    print_row("median ms of", [run.name for run in runs])
+    medians = [run.medians() for run in runs]
+    for part in medians[0]:
+        print_row(part, [milliseconds(m[part]) for m in medians])
+    print_row("peak memory, MB", ["-" if p is None else f"{p / 1e6:.0f}" for p in peaks])
+    print(
+        "linear: by linear_cross_entropy, whose time is that of head and loss\n"
+        "peak memory: of head and loss, forward and backward, with the gradients that they give"
+    )
 
+    theirs, *others = runs
     print()
-    for run in (theirs, ours):
+    for run in runs:
         start, end = run.losses[0], run.final_loss()
         print(
-            f"loss with {run.name:8} {start:.4f} at the start, {end:.4f} over the last {LAST} steps"
+            f"loss with {run.name:15} {start:.4f} at the start, "
+            f"{end:.4f} over the last {LAST} steps"
         )
-    differences = [abs(b - a) / a for a, b in zip(theirs.losses, ours.losses, strict=True)]
-    print(
-        f"largest relative difference: {max(differences[:EARLY]):.1e} over the first {EARLY} "
-        f"steps, {max(differences):.1e} over all {len(differences)}"
-    )
-    print(f"whole step: {speed_up(theirs, ours):.2f} times as fast with fastopt\n")
+    for run in others:
+        apart = [abs(b - a) / a for a, b in zip(theirs.losses, run.losses, strict=True)]
+        print(
+            f"largest relative difference with {run.name}: {max(apart[:EARLY]):.1e} over "
+            f"the first {EARLY} steps, {max(apart):.1e} over all {len(apart)}"
+        )
+    for run in others:
+        print(f"whole step: {speed_up(theirs, run):.2f} times as fast with {run.name}")
+    print()
+
+
+def print_row(name: str, cells: list[str]) -> None:
+    """A row of the table."""
+    print(f"{name:15}" + "".join(f"{cell:>17}" for cell in cells))
+
+
+def milliseconds(median: float) -> str:
+    """A time, or that there is no such part."""
+    return f"{median:.1f}" if median else "-"
 
 
 def speed_up(theirs: Run, ours: Run) -> float:
@@ -295,7 +200,7 @@ def describe_machine(chosen: torch.device) -> str:
     return words
 
 
-def draw(theirs: Run, ours: Run, optimizer: str, path: Path) -> None:
+def draw(runs: list[Run], optimizer: str, path: Path) -> None:
     """Save the picture: loss curves on the left, step times on the right."""
     plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
     figure, (left, right) = plt.subplots(
@@ -306,34 +211,36 @@ def draw(theirs: Run, ours: Run, optimizer: str, path: Path) -> None:
         f"cross-entropy and {optimizer}",
         fontsize=15,
     )
-    draw_losses(left, theirs, ours)
-    draw_times(right, theirs, ours)
+    draw_losses(left, runs)
+    draw_times(right, runs)
     figure.savefig(path, dpi=120)
 
 
-def draw_losses(axes: Axes, theirs: Run, ours: Run) -> None:
-    """Both loss curves, one visible underneath the other."""
-    axes.plot(theirs.losses, color="#56B4E9", alpha=0.6, linewidth=6, label=theirs.name)
-    axes.plot(ours.losses, color="#000000", linewidth=1, label=ours.name)
+def draw_losses(axes: Axes, runs: list[Run]) -> None:
+    """The loss curves, each visible underneath the next one."""
+    styles = (("#56B4E9", 8), ("#E69F00", 4), ("#000000", 1))
+    for run, (color, width) in zip(runs, styles, strict=True):
+        axes.plot(run.losses, color=color, alpha=0.8, linewidth=width, label=run.name)
     axes.set(title="Loss", xlabel="step", ylabel="cross-entropy (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
 
 
-def draw_times(axes: Axes, theirs: Run, ours: Run) -> None:
-    """A stacked bar for each library."""
-    names = [theirs.name, ours.name]
-    medians = [theirs.medians(), ours.medians()]
-    bottoms = [0.0, 0.0]
-    for part, color in zip(StepTime._fields, ("#999999", "#0072B2", "#E69F00"), strict=True):
+def draw_times(axes: Axes, runs: list[Run]) -> None:
+    """A stacked bar for each run."""
+    names, medians = [run.name for run in runs], [run.medians() for run in runs]
+    bottoms = [0.0] * len(runs)
+    colors = ("#999999", "#CC79A7", "#0072B2", "#E69F00")
+    for part, color in zip(StepTime._fields, colors, strict=True):
         heights = [m[part] for m in medians]
-        label = f"{part}: {heights[0]:.1f} → {heights[1]:.1f} ms"
+        label = f"{part}: {' → '.join(map(milliseconds, heights))} ms"
         bars = axes.bar(names, heights, 0.6, bottoms, color=color, label=label)
         bottoms = [b + h for b, h in zip(bottoms, heights, strict=True)]
     totals = [f"{m['whole step']:.0f} ms" for m in medians]
-    totals[1] += f"\n{speed_up(theirs, ours):.2f} times as fast"
+    for k, run in enumerate(runs[1:], 1):
+        totals[k] += f"\n{speed_up(runs[0], run):.2f} times\nas fast"
     axes.bar_label(bars, totals, padding=4, fontweight="bold")
-    axes.margins(x=0.2, y=0.15)
+    axes.margins(x=0.2, y=0.2)
     axes.set(title="Time", ylabel="median time of a step (ms)")
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), reverse=True)
 

@@ -85,7 +85,7 @@ def convert_language_models(subject: torch.nn.Module, to: str) -> Iterator[str]:
         elif to == "fastopt" and head is not None:
             head.__class__, model.loss_function = Head, causal_lm_loss
         elif to == "torch" and type(head) is Head:
-            head.__class__ = torch.nn.Linear
+            head.__class__ = torch.nn.Linear  # type: ignore[assignment]
         if to == "torch" and _is_converted(model):
             del model._loss_function
 

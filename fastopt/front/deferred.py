@@ -13,12 +13,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils._pytree import tree_map_only
 
-from ..kernels.layout import is_released
 from .circumstances import autocasts, is_foreign
 
 __all__ = ["Head", "Logits"]
-
-_linear = linear  # bound now: a user may put another function in its place
 
 
 class Layer(NamedTuple):
@@ -38,8 +35,8 @@ class Layer(NamedTuple):
         return [(t.data_ptr(), t._version) for t in self[:3] if t is not None]
 
     def logits(self) -> Tensor:
-        input, weight, bias = (None if t is None else t.to(self.dtype) for t in self[:3])
-        return _linear(input, weight, bias)
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        return linear(self.input.to(self.dtype), self.weight.to(self.dtype), bias)
 
 
 class Logits(Tensor):
@@ -58,11 +55,10 @@ class Logits(Tensor):
     @staticmethod
     def __new__(cls, layer: Layer, state: list[tuple[int, int]], dtype: torch.dtype) -> Logits:
         shape = (*layer.input.shape[:-1], len(layer.weight))
-        new: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, dtype=dtype, device=layer.input.device
-        )
+        make: Any = Tensor._make_wrapper_subclass
+        new: Logits = make(cls, shape, dtype=dtype, device=layer.input.device)
         new._layer, new._state, new._made = layer, state, None
-        return new  # type: ignore[no-any-return]
+        return new
 
     def layer(self) -> Layer | None:
         """The operands of which a loss may compute itself; None of logits that were written to.
@@ -72,7 +68,7 @@ class Logits(Tensor):
         """
         if self._version:
             return None
-        if self._layer.state() != self._state or any(map(is_released, self._layer[:2])):
+        if self._layer.state() != self._state:
             raise RuntimeError(
                 "these logits were left to be computed when somebody reads them, and the hidden "
                 "states or the weight that they are computed from have changed since or were "
@@ -81,7 +77,7 @@ class Logits(Tensor):
         return self._layer
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -101,11 +97,12 @@ class Logits(Tensor):
 
     # These would look for the memory themselves.
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(self.clone())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.clone().__reduce_ex__(protocol)
+        real: Any = self.clone()
+        return real.__reduce_ex__(protocol)
 
     def tolist(self) -> Any:
         return self.detach().tolist()
@@ -134,6 +131,9 @@ class _Deferred(torch.autograd.Function):
         )
 
 
+_apply: Any = _Deferred.apply
+
+
 class Head(torch.nn.Linear):
     """A linear layer whose logits, in training, are computed once somebody wants them.
 
@@ -146,7 +146,8 @@ class Head(torch.nn.Linear):
         if self.training and torch.is_grad_enabled() and not self._has_hooks():
             dtype = None if is_foreign(operands) else _dtype_of(*operands)
             if dtype is not None:
-                return _Deferred.apply(*operands, dtype)  # type: ignore[no-any-return]
+                logits: Logits = _apply(*operands, dtype)
+                return logits
         return super().forward(input)
 
     def _has_hooks(self) -> bool:

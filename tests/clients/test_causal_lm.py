@@ -64,7 +64,8 @@ UNDROPPED = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 CASES: dict[str, tuple[str, dict[str, Any], Callable[[Tensor], dict[str, Any]]]] = {
     "tied": ("GPT2LMHeadModel", UNDROPPED,
              lambda labels: {"num_items_in_batch": (labels != IGNORED).sum()}),
-    "bias": ("PhiForCausalLM", {}, lambda labels: {"labels": labels.clamp(min=7), "ignore_index": 7}),
+    "bias": ("PhiForCausalLM", {},
+             lambda labels: {"labels": labels.clamp(min=7), "ignore_index": 7}),
     "checkpointed": ("Qwen2ForCausalLM", {}, lambda labels: {"num_items_in_batch": 77}),
     "autocast": ("LlamaForCausalLM", {}, lambda labels: {"autocast": True}),
     "bfloat16": ("Gemma3ForCausalLM", {"dtype": torch.bfloat16},

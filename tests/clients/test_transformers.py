@@ -30,6 +30,7 @@ from torch.nn.utils import parameters_to_vector
 
 import fastopt
 from fastopt.nn import functional
+from fastopt.nn.linear_cross_entropy import LinearCrossEntropy
 
 transformers = pytest.importorskip("transformers", reason="needs the package transformers")
 
@@ -42,6 +43,13 @@ CASES: dict[str, tuple[dict[str, Any], Apart]] = {
     "clipping": ({"max_grad_norm": CLIPPED}, FLOAT32),
     "warmup": ({"lr_scheduler_type": "linear", "warmup_steps": 3}, FLOAT32),
     "bfloat16": ({"bf16": True}, BFLOAT16),
+}
+#: Of models that are converted; label smoothing is the Trainer's own, of the logits.
+CONVERTED: dict[str, tuple[dict[str, Any], Apart]] = {
+    "accumulation": CASES["accumulation"],
+    "bfloat16": CASES["bfloat16"],
+    "checkpointing": ({"gradient_checkpointing": True}, FLOAT32),
+    "smoothing": ({"label_smoothing_factor": 0.1}, FLOAT32),
 }
 
 
@@ -122,6 +130,32 @@ def test_training(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert_compiled(actual.optimizer)
     if case == "clipping":
         assert min(actual.norms) > CLIPPED
+
+
+def accuracy(predicted: Any) -> dict[str, float]:
+    right = predicted.predictions[:, :-1].argmax(-1) == predicted.label_ids[:, 1:]
+    return {"accuracy": right.mean().item()}
+
+
+@pytest.mark.parametrize("case", CONVERTED)
+def test_converted_model(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Trainer's own training and evaluation, of a model whose loss is fastopt's."""
+    options, apart = CONVERTED[case]
+    model, rows = language_model(), excerpts(STEPS * BATCH)
+    results, metrics, served = [], [], count_losses(monkeypatch)
+    for _ in range(2):
+        trainer = trainer_of(torch, model, rows, tmp_path, **options)
+        results.append(run(trainer))
+        trainer.compute_metrics = accuracy
+        metrics.append(trainer.evaluate(rows[:BATCH]))
+        fastopt.convert(model)
+
+    assert_same(results[1], results[0], apart)
+    close = {"rtol": apart.losses, "atol": apart.losses}
+    for name in ("eval_loss", "eval_accuracy"):
+        torch.testing.assert_close(metrics[1][name], metrics[0][name], **close)
+    count = 0 if case == "smoothing" else STEPS * options.get("gradient_accumulation_steps", 1)
+    assert [type(call.record) for call in served] == [LinearCrossEntropy] * count
 
 
 def test_optimizer_by_class(tmp_path: Path) -> None:
