@@ -23,7 +23,7 @@ __all__ = ["causal_lm_loss", "convert_language_models"]
 #: What configurations call that which a model does to logits between its head and its loss.
 _CHANGES = (
     "final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling",
-    "output_multiplier",
+    "lm_head_multiplier", "output_multiplier",
 )  # fmt: skip
 
 
@@ -98,8 +98,9 @@ def _why_left(model: Any, head: Any) -> str | None:
     """Of a model whose head isn't to become ours, the reason; None if it has no head."""
     if head is None:
         return None
-    if type(head) not in (torch.nn.Linear, Head):
-        return f"whose head is a {type(head).__name__}, no torch.nn.Linear"
+    kind = type(head)
+    if kind not in (torch.nn.Linear, Head):
+        return f"whose head is a {kind.__module__}.{kind.__qualname__}, not torch.nn.Linear itself"
     if any("forward" in vars(module) for module in (model, head)):
         return "whose forward, or its head's, has been replaced"
     if "loss_function" not in inspect.unwrap(type(model).forward).__code__.co_names:
