@@ -48,10 +48,10 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
         subject: an optimizer whose class is torch's own and one that fastopt has, too; or a
             module, of which every loss changes whose class fastopt has, itself included, and so
             does an AveragedModel. Losses called as functions in a forward are no modules, and
-            stay torch's, but for causal language models of transformers: there the output
-            embedding, a Linear, and `loss_function` change, and in training the loss is
-            :func:`fastopt.nn.functional.linear_cross_entropy`, with `outputs.logits` computed
-            only if they are read. Or `torch.nn.utils`.
+            stay torch's, but for causal language models of transformers: there the head, a
+            Linear, and `loss_function` change, so that in training the loss is linear
+            cross-entropy and `outputs.logits` are computed only if they are read. Or
+            `torch.nn.utils`.
         to: "fastopt" or "torch".
 
     Returns:
