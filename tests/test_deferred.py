@@ -120,6 +120,7 @@ PLAIN: dict[str, Callable[[nn.Linear, Tensor], Tensor]] = {
     "eval": lambda head, x: head.eval()(x),
     "hook": lambda head, x: (head.register_forward_hook(hook), head(x))[1],
     "vector": lambda head, x: head(x[0, 0]),
+    "meta": lambda head, x: torch.zeros_like(head.to("meta")(x.to("meta")), device="cpu"),
     "no_grad": lambda head, x: torch.no_grad()(head)(x),
     "transform": lambda head, x: torch.func.vmap(head)(x),
     "compile": lambda head, x: torch.compile(head, backend="eager")(x),

@@ -160,9 +160,9 @@ class Head(torch.nn.Linear):
 def _dtype_of(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
     """What the logits of several rows are computed in; None of others, or that don't go together.
 
-    Autocast leaves float64 as it is.
+    Autocast leaves float64 as it is, and doesn't know tensors without memory.
     """
-    if input.dim() < 2 or input.shape[-1] != weight.shape[-1]:
+    if input.dim() < 2 or input.shape[-1] != weight.shape[-1] or input.is_meta:
         return None
     dtypes = {t.dtype for t in (input, weight, bias) if t is not None}
     if autocasts(input.device):
