@@ -26,7 +26,9 @@ class Outcomes(NamedTuple):
         entropy: -sum of p_c log p_c.
         log_sum_exp: log of the sum of e^x_c.
         argmax: the first of the largest logits, int64.
-        kept: what `gradient` wants to see again.
+        kept: what `gradient` wants to see again, (3, N): the largest logit, the sum of e^x_c
+            relative to it, and the entropy. Where x is a part of the classes, those of all classes
+            make it the part of the gradient.
     """
 
     log_prob: torch.Tensor

@@ -16,6 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from class_shards import (  # noqa: F401
+    class_out_of_range,
+    extreme_logits,
+    layer_in_shards,
+    left_to_torch,
+    logits_in_shards,
+    what_is_sent,
+)
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -278,29 +286,24 @@ def tensor_parallel(seed: int, folder: Path) -> Outcome:
     return results(model, losses), alone(seed, "AdamW")
 
 
-def parallel_loss(seed: int, folder: Path) -> Outcome:
-    """The classes are spread over the processes; torch alone knows how to sum over them."""
-    mesh = init_device_mesh("cpu", (WORLD,))
-    torch.manual_seed(seed)
-    x, y = torch.randn(ROWS, CLASSES - 1, dtype=torch.float64), torch.randint(CLASSES - 1, (ROWS,))
-    outcomes = []
-    for sharding in (True, False):
-        leaf = distribute_tensor(x, mesh, [Shard(1)]) if sharding else x.clone()
-        leaf.requires_grad_()
-        if sharding:
-            with loss_parallel():
-                assert (
-                    fastopt.explain(fastopt.nn.functional.cross_entropy, leaf, y)[0].backend
-                    == "reference"
-                )
-                loss = fastopt.nn.functional.cross_entropy(leaf, y)
-                loss.backward()
-            outcomes.append({"loss": loss.detach().full_tensor(), "grad": leaf.grad.full_tensor()})
-        else:
-            loss = nn.functional.cross_entropy(leaf, y)
-            loss.backward()
-            outcomes.append({"loss": loss.detach(), "grad": leaf.grad})
-    return outcomes[0], outcomes[1]
+def parallel_loss(seed: int, folder: Path, layer: bool = False) -> Outcome:
+    """The last layer's classes stay in shards, and so do its logits, or there are none."""
+    model, mesh = net(seed), init_device_mesh("cpu", (WORLD,))
+    in_shards = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+    parallelize_module(model, mesh, {"4": in_shards})
+    optimizer = fastopt.optim.AdamW(model.parameters(), **OPTIMIZERS["AdamW"])
+
+    def of_layer(hidden: Tensor, target: Tensor) -> Tensor:
+        whole = DTensor.from_local(hidden, mesh, [Replicate()], run_check=False)
+        head: Any = model[-1]
+        return fastopt.nn.functional.linear_cross_entropy(
+            whole, head.weight, target, linear_bias=head.bias
+        )
+
+    criterion: Any = of_layer if layer else fastopt.nn.CrossEntropyLoss()
+    with loss_parallel():
+        losses = train(model[:-1] if layer else model, optimizer, data(seed), criterion)
+    return results(model, [loss.full_tensor() for loss in losses]), alone(seed, "AdamW")
 
 
 # -- a process that plays one rank ------------------------------------------------------------

@@ -67,6 +67,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         ("checkpoints", {"first": "fastopt"}),
         ("tensor_parallel", {}),
         ("parallel_loss", {}),
+        ("parallel_loss", {"layer": True}),
+        ("class_out_of_range", {}),
+        ("what_is_sent", {}),
+        ("left_to_torch", {}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
@@ -77,3 +81,16 @@ def test_is_the_single_process(scenario: str, options: dict[str, Any], run: Run,
         else:
             bounds = {"rtol": 1e-9, "atol": 1e-10}
         torch.testing.assert_close(found, expected, **bounds)
+
+
+# Of bfloat16 a layer's logits are rounded, too.
+BOUNDS = {torch.float64: (1e-9, 1e-10), torch.float32: (1e-5, 1e-6), torch.bfloat16: (1e-2, 3e-2)}
+
+
+@pytest.mark.parametrize("scenario", ["logits_in_shards", "layer_in_shards", "extreme_logits"])
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_classes_in_shards(scenario: str, dtype: torch.dtype, run: Run, seed: int) -> None:
+    rtol, atol = BOUNDS[dtype]
+    for found, expected in run(scenario, {"dtype": dtype}, seed):
+        assert found
+        torch.testing.assert_close(found, expected, rtol=rtol, atol=atol, equal_nan=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +12,14 @@ from torch import Tensor
 from .. import dispatch
 from ..dispatch import Request
 from ..kernels.operation import NEVER, Elementwise, Loss, Operation, Options, Rowwise
+from .autograd import Expected, evaluate
 from .circumstances import add_circumstances, autocasts, is_traced
 from .crossover import crossover, gpu_crossover
 
-__all__ = ["Call", "analyse", "expected_size", "prepare"]
+__all__ = ["Call", "Evaluation", "analyse", "expected_size", "prepare"]
+
+#: see `evaluate` in autograd.py
+Evaluation = Callable[[Any, Options, Expected, tuple[Tensor | None, ...], bool], Tensor]
 
 _DEPRECATED = ("size_average", "reduce")
 
@@ -28,6 +33,7 @@ class Call(NamedTuple):
         tensors: the operation's operands, None for one that wasn't given.
         classes: of a softmax, else 0.
         warning: what torch warns of at such a call.
+        evaluate: what computes it by a compiled backend, from the arguments that are its operands.
     """
 
     request: Request
@@ -35,6 +41,7 @@ class Call(NamedTuple):
     tensors: tuple[Tensor | None, ...]
     classes: int = 0
     warning: str | None = None
+    evaluate: Evaluation = evaluate
 
     def kind(self) -> tuple[Any, ...]:
         """What calls have in common that their backward passes are expected to agree for.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,8 +18,8 @@ from torch.utils._device import DeviceContext
 from ..kernels.layout import is_released, released_error
 
 __all__ = [
-    "PLAIN", "TRACED", "add_circumstances", "ambience_of", "autocasts", "is_foreign", "is_traced",
-    "traced",
+    "PLAIN", "TRACED", "add_circumstances", "ambience_of", "autocasts", "in_loss_parallel",
+    "is_foreign", "is_traced", "traced",
 ]  # fmt: skip
 
 _AUTOCAST = ("cpu", "cuda", "xpu")
@@ -102,11 +103,26 @@ def _has_function_mode() -> bool:
     )
 
 
-def is_foreign(values: tuple[Any, ...]) -> bool:
+def is_foreign(values: tuple[Any, ...], knows_shards: bool = False) -> bool:
     """Whether a call is torch's for what its tensors are, or for what is around it.
 
     Nothing need be asked of such tensors then: their sizes may be symbols, on which to decide
     would narrow a trace, or not be known yet.
+
+    Args:
+        knows_shards: whether the call's analysis takes classes in shards.
     """
     foreign = any(isinstance(v, Tensor) and type(v) not in PLAIN for v in values)
-    return foreign or bool(ambience_of())
+    return bool(ambience_of()) or (foreign and not (knows_shards and in_loss_parallel()))
+
+
+def in_loss_parallel() -> bool:
+    """Whether torch's cross-entropy of DTensors leaves classes in shards, by `loss_parallel`.
+
+    That is told from what it does to DTensor; torch has no name for it.
+    """
+    tensor: Any = sys.modules.get("torch.distributed.tensor")
+    if tensor is None:
+        return False
+    dispatcher = getattr(tensor.DTensor, "_op_dispatcher", None)
+    return torch.ops.aten.nll_loss_forward.default in getattr(dispatcher, "_custom_op_handlers", ())

@@ -12,8 +12,8 @@ from torch import Tensor
 from .. import dispatch
 from ..kernels.layout import is_released
 from ..kernels.operation import Options
-from .analysis import Call
-from .autograd import Expected, evaluate
+from .analysis import Call, Evaluation
+from .autograd import Expected
 from .circumstances import PLAIN, ambience_of, autocasts
 
 __all__ = ["Route", "RouteCache", "key_of"]
@@ -34,6 +34,7 @@ class Route(NamedTuple):
         expected: of their backward passes.
         warning: what torch warns of at such a call.
         followed: whether any of its tensors requires a gradient.
+        evaluate: what computes it by the backend, see `Call`.
     """
 
     backend: Any
@@ -42,6 +43,7 @@ class Route(NamedTuple):
     expected: Expected
     warning: str | None
     followed: bool
+    evaluate: Evaluation
 
     def serve(self, values: tuple[Any, ...]) -> Tensor | None:
         if self.backend is None:
@@ -52,7 +54,7 @@ class Route(NamedTuple):
         record: Any = self.options.record
         if record.arranged:
             tensors = record.arrange(*tensors)
-        return evaluate(self.backend, self.options, self.expected, tensors, self.followed)
+        return self.evaluate(self.backend, self.options, self.expected, tensors, self.followed)
 
 
 class RouteCache:
@@ -92,7 +94,9 @@ class RouteCache:
         backend = None if name == "reference" else dispatch.load(name)
         expected = Expected() if backend is None else self._expect(name, call)
         followed = any(t is not None and t.requires_grad for t in call.tensors)
-        route = Route(backend, call.options, places, expected, call.warning, followed)
+        route = Route(
+            backend, call.options, places, expected, call.warning, followed, call.evaluate
+        )
         if key is not None:
             if len(self._known) >= self.LIMIT:
                 self._known.clear()

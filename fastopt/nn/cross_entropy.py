@@ -16,6 +16,7 @@ from ..front.circumstances import autocasts
 from ..kernels.layout import ClassAxis, class_axis
 from ..kernels.operation import Softmax
 from ..kernels.reference import out_of_bounds
+from . import _sharded_classes as sharded_classes
 
 __all__ = ["CrossEntropyLoss", "cross_entropy"]
 
@@ -54,11 +55,15 @@ def _analyse(function: str, arguments: dict[str, Any]) -> Call | None:
     options = options_of(arguments["ignore_index"], arguments["label_smoothing"], special)
     axis = add_specials(special, input, target, weight, options[0], options[1], input.device)
     row = axis.classes if axis is not None and axis.class_stride == 1 else 0
-    return prepare(
+    operands = input, target, weight
+    dims = max(min(1, input.dim() - 1), 0), None, None
+    shares = sharded_classes.shares(operands, dims, target, options[1], special)
+    call = prepare(
         function, CrossEntropy(*options), tuple(REDUCTIONS), arguments["reduction"], input.dtype,
-        (input, target, weight), special, row, 0 if axis is None else axis.classes,
+        shares or operands, special, row, 0 if axis is None else axis.classes,
         None if target.is_floating_point() else 1,
     )  # fmt: skip
+    return sharded_classes.served(call, sharded_classes.of_logits) if shares else call
 
 
 def options_of(ignore_index: Any, label_smoothing: Any, special: list[str]) -> tuple[Any, Any]:

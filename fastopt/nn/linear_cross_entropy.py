@@ -14,6 +14,7 @@ from ..front.analysis import Call, expected_size, prepare
 from ..front.call import REDUCTIONS, LossModule, loss
 from ..front.circumstances import autocasts
 from ..kernels.operation import LinearSoftmax
+from . import _sharded_classes as sharded_classes
 from ._linear_cross_entropy_loss import Base
 from .cross_entropy import add_specials, options_of
 
@@ -161,7 +162,7 @@ def _analyse(function: str, arguments: dict[str, Any]) -> Call | None:
     elif len(dtypes) > 1:
         special.append(f"a layer of dtypes {', '.join(sorted(map(str, dtypes)))}")
     rows, places = math.prod(input.shape[:-1]), linear_weight.shape[1:-1]
-    classes, columns = len(linear_weight), math.prod(linear_weight.shape[:-1])
+    classes = len(linear_weight)
     flat = target.flatten(0, input.dim() - 2) if input.dim() > 2 else target
     # The same rules as for logits, of the size and the layout that they would have.
     each = (rows,) * (input.dim() > 1)
@@ -170,11 +171,22 @@ def _analyse(function: str, arguments: dict[str, Any]) -> Call | None:
     add_specials(special, logits, flat, weight, *options, device)
     if soft and places:
         special.append("class probabilities in several places")
+    dims = None, 0, None, 0, None
+    shares = sharded_classes.shares(tensors, dims, target, options[1], special)
+    if shares and not sharded_classes.is_dtensor(input):
+        special.append("an input that is no DTensor")
+    if shares and places:
+        special.append("several places of classes in shards")
+    if shares and autocasts(device):
+        special.append("autocast of a layer in shards")
     call = prepare(
         function, LinearCrossEntropy(*options), tuple(REDUCTIONS), arguments["reduction"],
-        input.dtype, tensors, special, 0, classes, None if soft else 2,
+        input.dtype, shares or tensors, special, 0, classes, None if soft else 2,
     )  # fmt: skip
-    return call._replace(request=call.request._replace(numel=expected_size(rows * columns)))
+    layer: Any = call.tensors[1]  # or this process's part of it
+    numel = expected_size(rows * math.prod(layer.shape[:-1]))
+    call = call._replace(request=call.request._replace(numel=numel))
+    return sharded_classes.served(call, sharded_classes.of_layer) if shares else call
 
 
 @loss(LinearCrossEntropy, analysis=_analyse, torchs=_plain)
