@@ -175,7 +175,7 @@ class Mode(torch.overrides.TorchFunctionMode):
 
 
 class Subclass(Tensor):
-    """Any tensor subclass; for losses DTensor is one."""
+    """Any tensor subclass; for losses DTensor is one, but for classes in shards."""
 
 
 def dtensor() -> Tensor:

@@ -179,7 +179,8 @@ def cross_entropy(
 
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, …), with any strides; float64, float32,
-            bfloat16 or float16. It is never written to.
+            bfloat16 or float16. It is never written to. Inside of torch's ``loss_parallel`` a
+            DTensor, whose shards are of classes; the loss is a replicated one then.
         target: class indices, int64 or uint8, of input's shape without C; or probabilities
             of input's shape and dtype.
         weight: a weight for each class, (C,), of input's dtype.
@@ -207,7 +208,8 @@ def cross_entropy(
     logits are changed in place between the forward and the backward pass, backward raises (on
     the CPU unless it is scaled as expected: not at all, or as the two before; and always for
     "none"), because the logits themselves are kept for it, not a copy of their softmax. And the
-    gradient to an ignored position is 0 even where its logits are NaN or infinite.
+    gradient to an ignored position is 0 even where its logits are NaN or infinite, unless its
+    classes are in shards.
     """
     raise NotImplementedError
 

@@ -213,7 +213,9 @@ def linear_cross_entropy(
     Args:
         input: samples, (in_features,), (N, in_features), or more dimensions before the features,
             which torch's function refuses; float64, float32, bfloat16 or float16.
-        linear_weight: (C, in_features), or (C, d1, …, in_features) for (N, in_features).
+        linear_weight: (C, in_features), or (C, d1, …, in_features) for (N, in_features). Inside
+            of torch's ``loss_parallel`` a DTensor, whose shards are of classes, as linear_bias is
+            then; input and the loss are replicated ones.
         target: class indices, int64 or uint8, of input's shape without in_features, then d1, …;
             or class probabilities of the logits' shape, (C,), (N, C) or (N, C, d1, …), and of
             more dimensions with C as the last one.
