@@ -55,7 +55,7 @@ def full(tensor: Any, dtype: torch.dtype, placement: Any) -> Tensor:
 def labels(classes: int, shape: tuple[int, ...], ignored: int, all_ignored: bool) -> Tensor:
     found = torch.randint(classes, shape)
     if shape:
-        found[: None if all_ignored else 1] = ignored
+        found.view(-1)[: None if all_ignored else 1] = ignored
     return found
 
 
@@ -141,11 +141,14 @@ def layer_in_shards(seed: int, folder: Path, dtype: torch.dtype) -> Outcome:
         w = random((classes,), dtype).abs() if weighted else None
         y = labels(classes, shape[:-1], ignored, classes == 8)
         options: Any = {"reduction": reduction, "ignore_index": ignored}
-        placements = WHOLE, Shard(0), Shard(0)
+        late = classes == 1  # an input that is still on its way
+        placements = Shard(0) if late else WHOLE, Shard(0), Shard(0)
         leaves = [spread(t, mesh, p) for t, p in zip(tensors, placements, strict=True)]
         alone = [single(t) for t in tensors]
         with loss_parallel():
             args, given = leaves[:2], {"linear_bias": leaves[2], "weight": w, **options}
+            if late:
+                args[0] = args[0].redistribute(placements=[WHOLE], async_op=True)
             is_compiled(F.linear_cross_entropy, *args, y, **given)
             loss = F.linear_cross_entropy(*args, y, **given)
         logits = torchs.linear(*alone).reshape(-1, classes)
@@ -155,7 +158,7 @@ def layer_in_shards(seed: int, folder: Path, dtype: torch.dtype) -> Outcome:
         backward(loss, mesh, seed)
         key = f"{shape}, {classes} classes, {biased=}"
         found[key], expected[key] = full(loss, dtype, WHOLE), whole.detach()
-        cuts = Partial(), Shard(0), Shard(0)
+        cuts = Shard(0) if late else Partial(), Shard(0), Shard(0)
         for k, (leaf, one, cut) in enumerate(zip(leaves, alone, cuts, strict=True)):
             if leaf is not None:
                 found[f"{key}, gradient {k}"] = full(leaf.grad, dtype, cut)
