@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 
 __all__ = [
-    "ClassAxis", "class_axis", "classes_last", "dense_axis", "is_dense", "is_released",
-    "released_error", "same_layout", "view_along",
+    "ClassAxis", "as_rows", "class_axis", "classes_last", "dense_axis", "is_dense",
+    "is_released", "released_error", "same_layout", "view_along",
 ]  # fmt: skip
 
 
@@ -32,6 +32,12 @@ def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.is_contiguous():
         return b.is_contiguous()
     return a.stride() == b.stride() and is_dense(a)
+
+
+def as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor (…, C) as (N, C), its classes side by side; a copy only where they are not."""
+    rows = tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 class ClassAxis(NamedTuple):

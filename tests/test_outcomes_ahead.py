@@ -1,4 +1,6 @@
-"""What rows of logits say, and linear cross-entropy, compiled for GPUs without one."""
+"""What rows of logits say, of one tensor and of two, and linear cross-entropy: compiled for GPUs
+without one.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ import fastopt.nn.functional  # noqa: F401  (has the losses say what they are)
 from fastopt.front.call import RECORDS
 from fastopt.kernels import triton as backend
 from fastopt.kernels.operation import Options
+from fastopt.nn._distillation_loss import record_of
 
 FLOAT, BFLOAT, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float16, torch.float64
 META = torch.device("meta")
@@ -43,6 +46,29 @@ def test_outcomes(machine: str, dtype: torch.dtype, classes: int) -> None:
         assert code.machine.holds(code.threads, code.resources["registers"]), code
         doubles = any(re.search(r"[._]f64(_|\b)", i.text) for i in code.instructions)
         assert doubles == (dtype == DOUBLE)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "beta", "classes"),
+    [(FLOAT, 0.0, 100_000), (BFLOAT, 0.3, 100_000), (HALF, 1.0, 1000), (DOUBLE, 0.3, 1000)],
+)
+@pytest.mark.parametrize("machine", MACHINES)
+def test_divergences(machine: str, dtype: torch.dtype, beta: float, classes: int) -> None:
+    """The same, and rows at multiples of 16 bytes are read and written 16 bytes a thread."""
+    record, x, y = record_of(2.0, beta), *(empty(64, classes, dtype=dtype) for _ in range(2))
+    with compiling(MACHINES[machine]) as codes:
+        found = backend.divergences(record, x, y)
+        grad = backend.divergence_gradient(record, x, y, found.kept, found.values)
+    assert grad.dtype == dtype
+    assert [code.name for code in codes] == ["row_divergences", "row_divergence_slopes"]
+    for code in codes:
+        assert code.resources["spills"] == code.resources["stack"] == 0, code
+        assert code.machine.holds(code.threads, code.resources["registers"]), code
+        doubles = any(re.search(r"[._]f64(_|\b)", i.text) for i in code.instructions)
+        assert doubles == (dtype == DOUBLE)
+        wide = [i.access for i in code.instructions if i.access and ("mask=mask" in i.statement)]
+        assert {kind for kind, _ in wide} == {"load"} | ({"store"} if code is codes[1] else set())
+        assert classes % 16 or {width for _, width in wide} == {16}, wide
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

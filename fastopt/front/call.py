@@ -148,6 +148,30 @@ def loss(
     return decorate
 
 
+_routes = RouteCache()
+
+
+def backend_for(
+    function: str, tensors: tuple[Tensor | None, ...], analysis: Callable[[], Call]
+) -> Any:
+    """The backend that serves a call of what torch has not; None for torch's operations.
+
+    Args:
+        function: its name.
+        tensors: the call's, which with the name say all that an analysis looks at.
+        analysis: of the call.
+    """
+    if torch.compiler.is_compiling() or tracing_state() is not None:
+        return None
+    key = key_of((function,), tensors)
+    route = _routes.find(key)
+    if route is None:
+        if key is None and insisted() is None and is_foreign(tensors):
+            return None
+        route = _routes.settle(key, analysis(), tuple(range(len(tensors))))
+    return route.backend
+
+
 def _has_nan(result: Tensor) -> bool:
     with torch.no_grad():
         return bool(torch.isnan(result).any())

@@ -11,10 +11,9 @@ from torch.compiler import is_compiling
 from .. import dispatch
 from ..dispatch import Decision
 from ..front.analysis import Call, prepare
-from ..front.call import tracing_state
+from ..front.call import backend_for
 from ..front.circumstances import is_foreign
-from ..front.route import RouteCache, key_of
-from ..kernels.layout import is_released, released_error
+from ..kernels.layout import as_rows, is_released, released_error
 from ..kernels.operation import Operation
 from ..kernels.reference import out_of_bounds
 
@@ -116,20 +115,9 @@ class _Outcomes(torch.autograd.Function):
         return None, ctx.backend.gradient(x, target, kept, torch.stack(grads)), None
 
 
-_routes = RouteCache()
-
-
 def backend_of(function: str, tensors: tuple[Tensor | None, ...], numel: int) -> Any:
     """The backend that serves a call, None for torch; `numel` is that of the logits."""
-    if is_compiling() or tracing_state() is not None:
-        return None
-    key = key_of((function,), tensors)
-    route = _routes.find(key)
-    if route is None:
-        if key is None and dispatch.insisted() is None and is_foreign(tensors):
-            return None
-        route = _routes.settle(key, _analyse(function, tensors, numel), tuple(range(len(tensors))))
-    return route.backend
+    return backend_for(function, tensors, lambda: _analyse(function, tensors, numel))
 
 
 def log_prob_and_entropy(logits: Tensor, target: Tensor) -> LogProbAndEntropy:
@@ -165,10 +153,8 @@ def log_prob_and_entropy(logits: Tensor, target: Tensor) -> LogProbAndEntropy:
     if backend is None:
         check_range(target, logits)
         return plain(logits, target)
-    x = logits.reshape(target.numel(), logits.shape[-1])
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    found = _Outcomes.apply(backend, x, target.reshape(-1).contiguous())  # type: ignore[no-untyped-call]
+    rows, labels = as_rows(logits), target.reshape(-1).contiguous()
+    found = _Outcomes.apply(backend, rows, labels)  # type: ignore[no-untyped-call]
     return LogProbAndEntropy(*[t.view(target.shape) for t in found])
 
 

@@ -1,7 +1,7 @@
 """The functions of :mod:`torch.nn.functional`: fastopt's losses, and of all else torch's own.
 
-And what torch has no name for, which belongs to losses: :func:`log_prob_and_entropy`
-and :func:`linear_log_prob_and_entropy`.
+And what torch has no name for, which belongs to losses: :func:`distillation_loss`,
+:func:`log_prob_and_entropy` and :func:`linear_log_prob_and_entropy`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 from torch.nn import functional as _torchs
 
 from .._torchs import names as _names
+from ._distillation_loss import distillation_loss
 from ._linear_log_prob_and_entropy import linear_log_prob_and_entropy
 from ._log_prob_and_entropy import log_prob_and_entropy
 from ._operations import FUNCTIONS
 
 #: What torch has no name for.
 BEYOND = {
+    "distillation_loss": distillation_loss,
     "linear_log_prob_and_entropy": linear_log_prob_and_entropy,
     "log_prob_and_entropy": log_prob_and_entropy,
 }

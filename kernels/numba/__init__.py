@@ -2,9 +2,9 @@
 
 Importing this module imports numba. A backend offers `forward`, `backward`, `backward_alone` and
 `early` (described in kernels/losses.py) and `number_of` for losses, `outcomes` and `gradient` for
-rows of logits (kernels/outcomes.py), `step_launcher` and `factored_launcher` for optimizers,
-`total_norm`, `scale_all` and `clamp_all` for gradients (described in
-fastopt.nn.utils.clip_grad), `empty_cache`.
+rows of logits (kernels/outcomes.py), `divergences` and `divergence_gradient` for two such tensors
+(kernels/distillation.py), `step_launcher` and `factored_launcher` for optimizers, `total_norm`,
+`scale_all` and `clamp_all` for gradients (described in fastopt.nn.utils.clip_grad), `empty_cache`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from ..linear import Linear
 from ..losses import Loops
 from . import cross_entropy, flat, gather, rows
+from .distillation import divergence_gradient, divergences
 from .factored import launcher as factored_launcher
 from .memory import empty_cache
 from .multi_tensor import launcher as step_launcher
@@ -22,9 +23,9 @@ from .outcomes import gradient, outcomes
 from .pieces import Pieces
 
 __all__ = [
-    "Pieces", "backward", "backward_alone", "clamp_all", "early", "empty_cache",
-    "factored_launcher", "forward", "gradient", "number_of", "outcomes", "scale_all",
-    "step_launcher", "total_norm",
+    "Pieces", "backward", "backward_alone", "clamp_all", "divergence_gradient", "divergences",
+    "early", "empty_cache", "factored_launcher", "forward", "gradient", "number_of", "outcomes",
+    "scale_all", "step_launcher", "total_norm",
 ]  # fmt: skip
 
 _loops = Loops(flat, rows, cross_entropy, gather, Linear(Pieces))

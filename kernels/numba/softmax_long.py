@@ -79,9 +79,13 @@ def statistics_part(
         base = r // inner * t_outer + r % inner * t_inner
         at, first = r * classes, r * blocks
         if exps is None:
-            top, total = softmax_statistics(x, row, begin, end, zero, grad, at, shifts, first)
+            top, total = softmax_statistics(
+                x, row, begin, end, zero, grad, at, shifts, first, None
+            )  # fmt: skip
         else:
-            top, total = softmax_statistics(x, row, begin, end, zero, exps, at, shifts, first)
+            top, total = softmax_statistics(
+                x, row, begin, end, zero, exps, at, shifts, first, None
+            )  # fmt: skip
         mass, dot = row_coefficients(
             x, row, probability, weight, smooth, base, begin, end, reference(top)
         )  # fmt: skip

@@ -58,8 +58,12 @@ def block_max(x: Any, begin: int, end: int) -> Any:
 
 
 @summing_kernel
-def block_sum_exp(x: Any, begin: int, end: int, shift: Any, exps: Any, out: int) -> float:
+def block_sum_exp(
+    x: Any, begin: int, end: int, shift: Any, exps: Any, out: int, scale: Any
+) -> float:
     """Sum of exp(x - shift) <= 1 over x[begin:end], which are kept if wanted.
+
+    scale, if given, multiplies the differences.
 
     A sum that has 1 in it loses digits of each number added. So it only says how many ones there
     are, most often a single one, and the others have a sum of their own.
@@ -67,7 +71,10 @@ def block_sum_exp(x: Any, begin: int, end: int, shift: Any, exps: Any, out: int)
     one = cast(1, shift)
     total = rest = cast(0, shift)
     for i in range(end - begin):
-        e = exp_below_one(load(x, begin + i) - shift)
+        difference = load(x, begin + i) - shift
+        if scale is not None:
+            difference = difference * scale
+        e = exp_below_one(difference)
         if exps is not None:
             store(exps, out + i, e)
         total += e
@@ -78,12 +85,13 @@ def block_sum_exp(x: Any, begin: int, end: int, shift: Any, exps: Any, out: int)
 
 @kernel
 def softmax_statistics(
-    x: Any, row: int, begin: int, end: int, zero: Any, exps: Any, out: int, shifts: Any, first: int
-) -> tuple[Any, float]:
+    x: Any, row: int, begin: int, end: int, zero: Any, exps: Any, out: int, shifts: Any,
+    first: int, scale: Any,
+) -> tuple[Any, float]:  # fmt: skip
     """(max, sum of exp(x - max)) of classes begin to end of a row; begin is that of a block.
 
     Right with leading blocks of -inf. exps gets the exponentials, each block's of x - max so far,
-    and shifts those maxima.
+    and shifts those maxima. scale, if given, multiplies the differences.
     """
     lowest = cast(-np.inf, zero)
     top, total = lowest, 0.0
@@ -94,11 +102,14 @@ def softmax_statistics(
             prefetch(x, row + i)  # memory has nothing to do during the exponentials
         if here > top:
             if top > lowest:
-                total *= math.exp(np.float64(top) - np.float64(here))
+                less = np.float64(top) - np.float64(here)
+                if scale is not None:
+                    less *= np.float64(scale)
+                total *= math.exp(less)
             top = here
         # while all is -inf, anything finite will do: (-inf) - (-inf) is NaN
         shift = top if top > lowest else zero
-        total += block_sum_exp(x, row + c, row + stop, shift, exps, out + c)
+        total += block_sum_exp(x, row + c, row + stop, shift, exps, out + c, scale)
         if exps is not None:
             store(shifts, first + c // BLOCK, top)
     return top, total
@@ -240,12 +251,12 @@ def softmax_rows_part(
             if exps is None:
                 at = r * classes
                 top, total = softmax_statistics(
-                    x, row, 0, classes, zero, grad, at, shifts, first
+                    x, row, 0, classes, zero, grad, at, shifts, first, None
                 )  # fmt: skip
             else:
                 at = kept
                 top, total = softmax_statistics(
-                    x, row, 0, classes, zero, exps, at, shifts, first
+                    x, row, 0, classes, zero, exps, at, shifts, first, None
                 )  # fmt: skip
             mass, dot = row_coefficients(
                 x, row, probability, weight, smooth, base, 0, classes, top

@@ -13,6 +13,7 @@ from ..linear import Linear
 from ..losses import Loops, Tensors
 from ..operation import Options
 from . import cross_entropy, flat, gather, rows
+from .distillation import divergence_gradient, divergences
 from .factored import describe_factored
 from .factored import launcher as factored_launcher
 from .multi_tensor import describe_step
@@ -23,8 +24,9 @@ from .pieces import Pieces
 
 __all__ = [
     "Pieces", "backward", "backward_alone", "clamp_all", "describe", "describe_factored",
-    "describe_step", "early", "empty_cache", "factored_launcher", "forward", "gradient",
-    "number_of", "outcomes", "scale_all", "step_launcher", "total_norm",
+    "describe_step", "divergence_gradient", "divergences", "early", "empty_cache",
+    "factored_launcher", "forward", "gradient", "number_of", "outcomes", "scale_all",
+    "step_launcher", "total_norm",
 ]  # fmt: skip
 
 _loops = Loops(flat, rows, cross_entropy, gather, Linear(Pieces))

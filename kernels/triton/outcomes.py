@@ -94,10 +94,15 @@ def row_slopes(
         tl.store(grad + row * classes + column, slope, mask=mask)
 
 
-def _tile(classes: int, dtype: torch.dtype) -> tuple[int, int]:
+def tile_of(classes: int, dtype: torch.dtype) -> tuple[int, int]:
     """Its classes, and the threads of a program."""
     columns = min(power_of_2(classes), TILE // 4 if dtype == torch.float64 else TILE)
     return columns, max(columns * dtype.itemsize // PER_THREAD, 32)
+
+
+def span_of(classes: int, columns: int) -> int:
+    """Classes of which a program writes the gradient: some tiles, few enough programs a row."""
+    return columns * max(4, classes // (columns << 15))
 
 
 def outcomes(x: torch.Tensor, target: torch.Tensor) -> Outcomes:
@@ -107,7 +112,7 @@ def outcomes(x: torch.Tensor, target: torch.Tensor) -> Outcomes:
     wide = compute_dtype(x.dtype)
     numbers = [x.new_empty(rows, dtype=wide) for _ in range(3)]
     places, kept = x.new_empty(rows, dtype=torch.int64), x.new_empty(3, rows, dtype=wide)
-    columns, threads = _tile(classes, wide)
+    columns, threads = tile_of(classes, wide)
     launch(
         row_outcomes, (rows,), x.device, threads, x, target, *numbers,
         places, *kept, classes, x.stride(0), COMPUTE=TYPES[wide], COLUMNS=columns,
@@ -121,9 +126,9 @@ def gradient(
     x: torch.Tensor, target: torch.Tensor, kept: torch.Tensor, grads: torch.Tensor
 ) -> torch.Tensor:
     (rows, classes), wide = x.shape, compute_dtype(x.dtype)
-    columns, threads = _tile(classes, wide)
+    columns, threads = tile_of(classes, wide)
     out = x.new_empty(rows, classes)
-    span = columns * max(4, classes // (columns << 15))
+    span = span_of(classes, columns)
     launch(
         row_slopes, (rows, -(-classes // span)), x.device, threads, x,
         target, *grads, *kept, out, classes, x.stride(0), span,

@@ -50,6 +50,20 @@ def tile(tensor, starts, column, axis, UNIT: tl.constexpr):
 
 
 @device_function
+def with_one_more(top, total, value):
+    """Each lane's largest value and its sum of exponentials relative to that, with a value more.
+
+    One exponential is enough: of -|difference|, whichever way the largest moves. A top starts from
+    the lowest finite number, because inf - inf is NaN.
+    """
+    difference = value - top
+    factor = tl.exp(-tl.abs(difference))
+    rises = difference > 0
+    total = tl.where(rises, total * factor + 1.0, total + factor)
+    return tl.where(rises, value, top), total
+
+
+@device_function
 def join(top, total, axis: tl.constexpr):
     """The largest of several tops, and their totals relative to it, summed."""
     joint = tl.max(top, axis)
@@ -83,9 +97,7 @@ def statistics(
     """Of classes begin to end: the largest logit, the sum of exponentials relative to it,
     and the mass of probabilities.
 
-    Each lane of the tile keeps its own, so that nothing is exchanged between threads until
-    the end, and one exponential an element is enough: of -|difference|, whichever way the
-    largest moves. It starts from the lowest finite number, because inf - inf is NaN.
+    Each lane of the tile keeps its own, so that nothing is exchanged between threads until the end.
     """
     top = tl.full([ROWS, COLUMNS], LOWEST, COMPUTE)
     total = tl.zeros([ROWS, COLUMNS], COMPUTE)
@@ -95,11 +107,7 @@ def statistics(
         mask = inside[:, None] & (column < end)[None, :]
         places = tile(input, starts, column, x, UNIT)
         value = tl.load(places, mask=mask, other=-float("inf")).to(COMPUTE)
-        difference = value - top
-        factor = tl.exp(-tl.abs(difference))
-        rises = difference > 0
-        total = tl.where(rises, total * factor + 1.0, total + factor)
-        top = tl.where(rises, value, top)
+        top, total = with_one_more(top, total, value)
         if probability is not None:
             mass += soft_target(
                 probability, weight, t_starts, column, mask, t, kept, smooth, COMPUTE, SMOOTH
