@@ -234,7 +234,7 @@ def distillation_loss(
         >>> loss = fastopt.nn.functional.distillation_loss(student(tokens), taught, beta=0.5)
 
     Reference: Agarwal et al., On-Policy Distillation of Language Models (2024), arXiv 2306.13649;
-    :func:`torch.nn.functional.kl_div` of two :func:`torch.log_softmax`.
+    KL divergence of two :func:`torch.log_softmax`.
     """
     check(student_logits, teacher_logits, temperature, beta, reduction)
     record = record_of(float(temperature), float(beta))

@@ -15,7 +15,6 @@ from ..distillation import Divergence, Divergences
 from .compiler import TYPES, as_number, compute_dtype, device_function, kernel, launch, number
 from .outcomes import span_of, tile_of
 from .record import constants_of, formula_of, record_numbers
-from .rows import add_up
 from .softmax import join, with_one_more
 
 __all__ = ["divergence_gradient", "divergences"]
@@ -73,7 +72,11 @@ def row_divergences(
         a = logits_at(x, column, mask, scale, COMPUTE)
         b = logits_at(y, column, mask, scale, COMPUTE)
         numbers = probabilities(a, b, top, inverse, t_top, t_inverse, shift)
-        sums = add_up(sums, MAKE(fields, FLAGS), numbers, (), None, column, mask, FOLD)
+        found = FOLD(MAKE(fields, FLAGS), *numbers)  # past the row's end p and q are 0, and so it
+        added = ()
+        for k in tl.static_range(SUMS):
+            added = added + (sums[k] + found[k],)  # type: ignore[assignment]
+        sums = added
     totals = ()
     for k in tl.static_range(SUMS):
         totals = totals + (tl.sum(sums[k], 0),)  # type: ignore[assignment]
