@@ -91,9 +91,7 @@ def test_one_operation_a_file() -> None:
     assert len(set(files)) == len(files)
     modules = {Path(inspect.getfile(kind)) for kind in MODULES.values()}  # one has no function
     public = {f.name for f in (ROOT / "fastopt" / "nn").glob("[!_]*.py")} - {"functional.py"}
-    assert public == {
-        file.name for file in {*files, *modules}
-    }
+    assert public == {file.name for file in {*files, *modules}}
 
 
 @EACH
