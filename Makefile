@@ -23,8 +23,8 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses auto --dist loadf
 	--no-loadscope-reorder
 # Modules call the functions, whatever serves those: test_moduleinfo.py is not among them.
 KERNEL_TESTS := $(addprefix tests/test_,losses.py extremes.py loss_contract.py loss_properties.py \
-	opinfo.py operators.py linear_cross_entropy.py log_prob_and_entropy.py \
-	distillation_loss.py sizes.py fuzz.py fuzz_optimizers.py optimizers.py \
+	opinfo.py operators.py softmax_options.py linear_cross_entropy.py \
+	log_prob_and_entropy.py distillation_loss.py sizes.py fuzz.py fuzz_optimizers.py optimizers.py \
 	optimizer_contract.py optim_db.py optim_gradients.py \
 	averages.py averages_in_step.py clip.py clipped_step.py lion.py muon.py adafactor.py \
 	traps.py triton.py rows.py nll.py vocabulary.py)

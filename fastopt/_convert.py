@@ -58,8 +58,9 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
         subject.
 
     Warns:
-        UserWarning: names the loss modules and language models that were left alone, and why;
-            or the functions of `torch.nn.utils` that somebody else has replaced.
+        UserWarning: names the loss modules and language models that were left alone, and why (a
+            loss has an option that torch's class has not, say); or the functions of
+            `torch.nn.utils` that somebody else has replaced.
 
     Raises:
         TypeError: an optimizer of another class (of a subclass, too, whose own ways could be
@@ -160,7 +161,7 @@ def _convert_modules(subject: torch.nn.Module, twins: _Twins, to: str) -> None:
     left = []
     for path, module in subject.named_modules():
         kind = type(module)
-        if kind in twins and "forward" not in vars(module):
+        if kind in twins and "forward" not in vars(module) and not _beyond(module):
             vars(module).pop("_averager", None)
             module.__class__ = twins[kind]
         elif kind not in twins.values() and (why := _why_left(module, twins, to)):
@@ -168,6 +169,11 @@ def _convert_modules(subject: torch.nn.Module, twins: _Twins, to: str) -> None:
     left += convert_language_models(subject, to)
     if left:
         warnings.warn(f"fastopt.convert left alone: {', '.join(left)}", stacklevel=3)
+
+
+def _beyond(module: Any) -> dict[str, Any]:
+    """The options that torch's class has not, and would be lost."""
+    return module._beyond() if isinstance(module, LossModule) else {}
 
 
 def _convert_clipping(to: str) -> None:
@@ -195,6 +201,8 @@ def _why_left(module: Any, twins: _Twins, to: str) -> str | None:
     is_ours = isinstance(module, LossModule)
     if not isinstance(module, _Loss) or is_ours == (to == "fastopt"):
         return None
+    if beyond := _beyond(module):
+        return f"{name}, whose {', '.join(beyond)} torch's has not"
     if type(module) in twins:
         return f"{name}, whose forward has been replaced"
     parent = next((kind for kind in twins if isinstance(module, kind)), None)

@@ -1,7 +1,8 @@
 """What an operation is to a backend: a record of its options with a formula as a method.
 
 The *type* of a record chooses the code that a loop is compiled with. Its fields of type float
-are numbers that a kernel is given; those of type bool or int are part of the compiled code.
+are numbers that a kernel is given, those of type `float | None` ones that may be missing; those of
+type bool or int are part of the compiled code.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Operation:
         variants: keyword arguments of usual calls that are compiled apart from each other.
         rescaled: whether gradients for one grad_output are sooner made those for another one than
             computed.
+        further: the names of options that torch's function has not.
     """
 
     numbers: ClassVar[tuple[str, ...]]
@@ -58,6 +60,7 @@ class Operation:
     compiled_crossover: ClassVar[int] = NEVER
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     rescaled: ClassVar[bool] = False
+    further: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         if cls.__dict__.get("_abstract"):
@@ -67,6 +70,11 @@ class Operation:
         cls.numbers = tuple(f.name for f in fields if f.type in ("float", float))
         cls.flags = tuple(f.name for f in fields if f.type in ("bool", bool, "int", int))
         cls._fields = (*cls.numbers, *cls.flags)
+
+    def beyond(self) -> dict[str, Any]:
+        """The options, of those that torch's function has not, that aren't the usual ones."""
+        given = {name: getattr(self, name) for name in self.further}
+        return {name: v for name, v in given.items() if v != getattr(type(self), name)}
 
     @property
     def values(self) -> tuple[float, ...]:
@@ -219,10 +227,14 @@ class Rowwise(Loss):
 
 
 class Softmax(Operation):
-    """A loss of a softmax over classes: of logits, a target and perhaps a weight for each class."""
+    """A loss of a softmax over classes: of logits, a target and perhaps a weight for each class.
+
+    Its record has an `ignore_index`, a `label_smoothing`, a `z_loss` and a `softcap`.
+    """
 
     _abstract = True
     operands = ("input", "target", "weight")
+    further = ("z_loss", "softcap")
 
 
 class LinearSoftmax(Operation):
@@ -234,6 +246,7 @@ class LinearSoftmax(Operation):
     _abstract = True
     operands = ("input", "linear_weight", "target", "linear_bias", "weight")
     rescaled = True
+    further = ("z_loss", "softcap")
 
 
 class Gather(Operation):

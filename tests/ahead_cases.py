@@ -63,6 +63,7 @@ class Rows(NamedTuple):
     training: bool = True
     classes_last: bool = False
     ignore_index: int = -100
+    softcap: float | None = None  # with a z_loss
 
     @property
     def unit(self) -> bool:
@@ -80,7 +81,8 @@ class Rows(NamedTuple):
             else empty(*order[:-1], dtype=torch.int64)
         )
         weight = empty(self.shape[1], dtype=dtype) if self.weight else None
-        record = CrossEntropy(self.ignore_index, self.smoothing)
+        z_loss = 0.0 if self.softcap is None else 1e-4
+        record = CrossEntropy(self.ignore_index, self.smoothing, z_loss, self.softcap)
         options = Options(record, self.reduction, dtype)
         tensors, needs = (input, target, weight), (self.training, False, False)
         loss, grads, kept = backend.forward(options, tensors, needs)
@@ -222,18 +224,24 @@ VARIANTS: dict[torch.dtype, tuple[Pointwise | Rows | Step | Clip, ...]] = {
         *(rows._replace(probability=True) for rows in (VOCABULARY, WHOLE, SPLIT)),
         WHOLE._replace(probability=True, weight=True, smoothing=0.1),
         *(rows._replace(training=False) for rows in (VOCABULARY, SPLIT)),
+        *(rows._replace(softcap=30.0) for rows in (VOCABULARY, WHOLE, SPLIT, PIXELS)),
         *(rows._replace(reduction="none") for rows in (SPLIT, PIXELS)),
         *(rows._replace(reduction="sum") for rows in (THOUSAND, SPLIT)),
         *(step._replace(scaled=True, counted=step.record is AdamUpdate) for step in STEPS),
     ),
     BFLOAT: (
         VOCABULARY._replace(smoothing=0.1),
+        VOCABULARY._replace(softcap=30.0),
         VOCABULARY._replace(probability=True, weight=True, smoothing=0.1),
         *(step._replace(other=FLOAT) for step in STEPS[1:]),
         ADAM[1]._replace(scaled=True, counted=True),
     ),
     HALF: (SPLIT._replace(smoothing=0.1), ADAM[1]._replace(scaled=True)),
-    DOUBLE: (VOCABULARY._replace(smoothing=0.1, weight=True), ADAM[1]._replace(counted=True)),
+    DOUBLE: (
+        VOCABULARY._replace(smoothing=0.1, weight=True),
+        VOCABULARY._replace(softcap=30.0),
+        ADAM[1]._replace(counted=True),
+    ),
 }
 
 

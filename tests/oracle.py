@@ -52,9 +52,14 @@ def _cross_entropy(
     weight: Array | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
 ) -> tuple[Array, Array]:
     axis = min(1, input.ndim - 1)
-    logits = np.moveaxis(input, axis, -1)
+    logits, slope = np.moveaxis(input, axis, -1), np.longdouble(1)
+    if softcap is not None:
+        bent = np.tanh(logits / np.longdouble(softcap))
+        logits, slope = softcap * bent, (1 - bent) * (1 + bent)
     classes = logits.shape[-1]
     weight = np.ones(classes, np.longdouble) if weight is None else weight
     smoothing = np.longdouble(label_smoothing)
@@ -74,9 +79,13 @@ def _cross_entropy(
     exps = np.exp(logits - peak)
     total = exps.sum(axis=-1, keepdims=True)
     losses = -(q * (logits - peak - np.log(total))).sum(axis=-1)
+    squared = np.longdouble(z_loss) * counts
+    log_sum = (peak + np.log(total))[..., 0]
+    losses = losses + squared * log_sum**2
     share = upstream / divisor if reduction == "mean" else upstream
     share = np.broadcast_to(share, losses.shape)[..., None]
-    grad = (q.sum(axis=-1, keepdims=True) * exps / total - q) * share
+    pull = q.sum(axis=-1) + 2 * squared * log_sum
+    grad = (pull[..., None] * exps / total - q) * share * slope
     return _reduced(losses, reduction, divisor), np.moveaxis(grad, -1, axis)
 
 

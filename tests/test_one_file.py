@@ -19,6 +19,7 @@ from fastopt.front.samples import usual
 from fastopt.front.torch_only import TorchOnly
 from fastopt.kernels.operation import LinearSoftmax
 from fastopt.nn._operations import FUNCTIONS, MODULES
+from fastopt.nn._softmax_options import definition
 from fastopt.optim._operations import OPTIMIZERS
 
 SOURCES = sorted([*(ROOT / "fastopt").rglob("*.py*"), *(ROOT / "kernels").rglob("*.py*")])
@@ -28,6 +29,7 @@ EACH = pytest.mark.parametrize("name", FUNCTIONS)
 #: Words in files that are no operation's own, and why they are there.
 EXCEPTIONS = {
     ("cross_entropy", "fastopt/nn/linear_cross_entropy.py"): "what it is made of",
+    ("cross_entropy", "fastopt/nn/_softmax_options.py"): "torch's, and what it has not",
     ("LinearCrossEntropyLoss", "fastopt/nn/_linear_cross_entropy_loss.py"): "for an older torch",
     ("linear_cross_entropy", "fastopt/_language_models.py"): "the loss they get",
     ("TripletMargin", "fastopt/nn/triplet_margin_with_distance.py"): "of the usual distance",
@@ -100,6 +102,8 @@ def test_everything_finds_it(name: str) -> None:
     torchs: Any = getattr(torch.nn.functional, name, torch.nn.functional.linear)
     if issubclass(RECORDS[name], LinearSoftmax):  # whose definition torch lacks before 2.13
         assert RECORDS[name].twin is vars(RECORDS[name])["twin"].__func__
+    elif RECORDS[name].further:  # for which torch's function alone won't do
+        assert RECORDS[name].twin is definition
     elif RECORDS[name].__module__ == FUNCTIONS[name].__module__:
         assert RECORDS[name].twin is torchs
     assert getattr(fastopt.nn.functional, name) is FUNCTIONS[name]

@@ -1,4 +1,4 @@
-"""Loops of elementwise losses compute with vectors: nothing else shows if they don't."""
+"""Loops of losses compute with vectors: nothing else shows if they don't."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cases import DEVICE, INTERPRETED
 from numba.core import caching
 
 import fastopt
-from fastopt.kernels.numba import flat
+from fastopt.kernels.numba import compiler, cross_entropy, flat, softmax_rows, softmax_tiles
 from fastopt.nn import functional
 
 if INTERPRETED or DEVICE != "cpu":
@@ -62,3 +62,27 @@ def test_loop_of_vectors(name: str, reduction: str, monkeypatch: pytest.MonkeyPa
         (body,) = re.findall(r"^define [^\n]*flat_run.*?^}", text, re.DOTALL | re.MULTILINE)[:1]
         assert re.search(r"<\d+ x float>", body)
         assert not re.search(r"call [^\n]*value_and_slopes", body)
+
+
+@pytest.mark.parametrize("capped", [False, True])
+@pytest.mark.parametrize(
+    ("loop", "shape"),
+    [(softmax_rows.softmax_rows, (4, 640)), (softmax_tiles.softmax_tiles, (64, 10))],
+    ids=["rows", "tiles"],
+)
+def test_softmax_of_vectors(
+    loop: Any, shape: tuple[int, int], capped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A softcap's divisions are of vectors, and where there is none there are none."""
+    monkeypatch.setattr(loop, "_cache", caching.NullCache())
+    loop.overloads.clear()
+    for known in (compiler.specialise, cross_entropy._launcher):
+        known.cache_clear()
+    input = torch.rand(shape).requires_grad_()
+    options = {"softcap": 30.0, "z_loss": 1e-4} if capped else {}
+    with fastopt.use_backend("numba"):
+        functional.cross_entropy(input, torch.zeros(shape[0]).long(), **options).backward()
+    (text,) = loop.inspect_llvm().values()
+    assert re.search(r"fmul[^\n]* <\d+ x float>", text)
+    assert bool(re.search(r"fdiv[^\n]* <\d+ x float>", text)) == capped
+    assert bool(re.search(r"fdiv[^\n]* float ", text)) == capped  # those of tails and labels

@@ -134,6 +134,10 @@ def loss(
             if call is None:
                 raise TypeError("there is nothing to explain: arguments must be tensors")
             decision = dispatch.choose(call.request)
+            beyond = call.options.record.beyond()
+            if decision.backend == "reference" and beyond:
+                words = "the definition in torch's operations; torch's function has no "
+                return decision._replace(variant=words + ", ".join(beyond))
             if call.evaluate is not evaluate:  # by none of the loops that describe themselves
                 return decision
             return dispatch.describe(decision, "describe", call.options, call.tensors)
@@ -248,11 +252,20 @@ class LossModule:
         """The keyword arguments of the function."""
         return {name: getattr(self, name) for name in self._named}
 
+    def _beyond(self) -> dict[str, Any]:
+        """The options, of those that torch's class has not, that aren't the usual ones."""
+        return {}
+
     def __prepare_scriptable__(self) -> Any:
         """For torch.jit.script, which can't call what isn't TorchScript: torch's own module."""
         kind: Any = type(self)
         if not kind.forward.__module__.startswith("fastopt.nn."):
             return self  # a subclass with a forward of its own
+        if beyond := self._beyond():
+            raise TypeError(
+                f"torch.jit.script compiles torch's own {kind.__name__}, which has no "
+                f"{', '.join(beyond)}"
+            )
         torchs: Any = next(c for c in kind.__mro__ if c.__module__.startswith("torch.nn."))
         module = torchs.__new__(torchs)
         module.__dict__.update(self.__dict__)

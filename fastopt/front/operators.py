@@ -131,7 +131,7 @@ class Operators:
         arguments = ", ".join(
             [
                 *(f"Tensor? {name}" for name in kind.operands),
-                *(f"{types_of[name]} {name}" for name in fields),
+                *(f"{types_of.get(name, 'float?')} {name}" for name in fields),
                 "str reduction, ScalarType dtype, str backend, bool[] needs",
             ]
         )

@@ -36,7 +36,7 @@ _pad = F.pad
 
 
 def shares(
-    operands: Operands, dims: tuple[int | None, ...], target: Tensor, label_smoothing: float,
+    operands: Operands, dims: tuple[int | None, ...], target: Tensor, record: Any,
     special: list[str],
 ) -> Operands | None:  # fmt: skip
     """What this process holds of each operand; None where none of them is in shards.
@@ -47,7 +47,7 @@ def shares(
         operands: of a call, None for one that wasn't given.
         dims: of each the dimension that has to be cut; None for one that has to be whole.
         target: the one of them that should be class indices.
-        label_smoothing: of the call.
+        record: of the call's options.
         special: gets each reason why torch has to serve the DTensors among them.
     """
     first: Any = next((t for t in operands if is_dtensor(t)), None)
@@ -69,8 +69,9 @@ def shares(
                 special.append(f"a DTensor of {cut(t)[1]}, not {(right,)}, of one mesh")
         elif t is not None and dim is not None:
             special.append(f"a tensor that is no DTensor of {(right,)}")
-    if label_smoothing:
-        special.append(f"{label_smoothing=} of classes in shards")
+    for name in ("label_smoothing", *record.beyond()):
+        if value := getattr(record, name):
+            special.append(f"{name}={value} of classes in shards")
     if target.dtype != torch.int64:
         special.append(f"a target of {target.dtype} of classes in shards")
     return tuple([None if t is None else _waited(local(t)) for t in operands])

@@ -11,17 +11,18 @@ from torch.nn import functional as F
 
 from ..dispatch import Decision
 from ..front.analysis import Call, expected_size, prepare
-from ..front.call import REDUCTIONS, LossModule, loss
+from ..front.call import REDUCTIONS, loss
 from ..front.circumstances import autocasts
 from ..kernels.operation import LinearSoftmax
 from . import _sharded_classes as sharded_classes
 from ._linear_cross_entropy_loss import Base
+from ._softmax_options import SoftmaxModule, check, definition
 from .cross_entropy import add_specials, options_of
 
 __all__ = ["LinearCrossEntropyLoss", "linear_cross_entropy"]
 
 # Bound now: a user may put fastopt's functions in the place of torch's.
-_cross_entropy, _linear = F.cross_entropy, F.linear
+_linear = F.linear
 _torchs = getattr(F, "linear_cross_entropy", None)  # from torch 2.13 on
 
 
@@ -31,10 +32,14 @@ class LinearCrossEntropy(LinearSoftmax):
     Attributes:
         ignore_index: class index whose positions count for nothing.
         label_smoothing: share of the target spread evenly over all classes, in [0, 1].
+        z_loss: what the square of a position's log-sum-exp is multiplied by.
+        softcap: the bound of the logits' absolute values, None for none.
     """
 
     ignore_index: int = -100
     label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
     crossover = 131_072  # logits
     arranged = True
     variants = ({}, {"label_smoothing": 0.1})
@@ -55,7 +60,7 @@ class LinearCrossEntropy(LinearSoftmax):
         bias = None if linear_bias is None else linear_bias.flatten()
         logits = _linear(input, linear_weight.flatten(0, -2), bias)
         logits = logits.reshape(*input.shape[:-1], len(linear_weight), *places)
-        losses = _cross_entropy(logits, target, weight, **options)
+        losses = definition(logits, target, weight, **options)
         return losses.reshape(each + places) if options["reduction"] == "none" else losses
 
     def arrange(self, *operands: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -116,8 +121,13 @@ def _plain(
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
     options: Any = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
-    if _torchs is not None and not (isinstance(input, Tensor) and input.dim() > 2):
+    check(z_loss, softcap)
+    further = z_loss != 0 or softcap is not None
+    larger = isinstance(input, Tensor) and input.dim() > 2
+    if _torchs is not None and not larger and not further:
         result: Tensor = _torchs(
             input, linear_weight, target, linear_bias=linear_bias, weight=weight,
             reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing,
@@ -126,13 +136,14 @@ def _plain(
         return result
     if options is not None:
         raise TypeError(
-            "options are for inputs of one or two dimensions, and of torch 2.13 or newer"
+            "options are for inputs of one or two dimensions, without z_loss and softcap, and of "
+            "torch 2.13 or newer"
         )
     _check(input, linear_weight, target, linear_bias, ignore_index)
     return LinearCrossEntropy.twin(
         input, linear_weight, target, linear_bias, weight, reduction=reduction,
         ignore_index=-100 if ignore_index is None else ignore_index,
-        label_smoothing=label_smoothing,
+        label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
     )  # fmt: skip
 
 
@@ -167,12 +178,13 @@ def _analyse(function: str, arguments: dict[str, Any]) -> Call | None:
     # The same rules as for logits, of the size and the layout that they would have.
     each = (rows,) * (input.dim() > 1)
     logits = torch.empty((*each, *linear_weight.shape[:-1]), dtype=input.dtype, device="meta")
-    options = options_of(-100 if index is None else index, arguments["label_smoothing"], special)
-    add_specials(special, logits, flat, weight, *options, device)
+    options = options_of(arguments | ({"ignore_index": -100} if index is None else {}), special)
+    add_specials(special, logits, flat, weight, options[0], options[1], device)
     if soft and places:
         special.append("class probabilities in several places")
     dims = None, 0, None, 0, None
-    shares = sharded_classes.shares(tensors, dims, target, options[1], special)
+    record = LinearCrossEntropy(*options)
+    shares = sharded_classes.shares(tensors, dims, target, record, special)
     if shares and not sharded_classes.is_dtensor(input):
         special.append("an input that is no DTensor")
     if shares and places:
@@ -180,7 +192,7 @@ def _analyse(function: str, arguments: dict[str, Any]) -> Call | None:
     if shares and autocasts(device):
         special.append("autocast of a layer in shards")
     call = prepare(
-        function, LinearCrossEntropy(*options), tuple(REDUCTIONS), arguments["reduction"],
+        function, record, tuple(REDUCTIONS), arguments["reduction"],
         input.dtype, shares or tensors, special, 0, classes, None if soft else 2,
     )  # fmt: skip
     layer: Any = call.tensors[1]  # or this process's part of it
@@ -201,6 +213,8 @@ def linear_cross_entropy(
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
     options: Any = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
     r"""Cross-entropy of the logits that a linear layer makes of its input.
 
@@ -226,6 +240,7 @@ def linear_cross_entropy(
         ignore_index: class index of positions that count for nothing; None means -100.
         label_smoothing: share of the target spread evenly over all classes, in [0, 1].
         options: a ``torch.nn.LinearCrossEntropyOptions``: torch's own code, by these pieces.
+        z_loss, softcap: as for :func:`fastopt.nn.functional.cross_entropy`; not with `options`.
 
     Returns:
         A tensor of input's dtype (float32 under autocast).
@@ -233,21 +248,23 @@ def linear_cross_entropy(
     Raises:
         IndexError: a class index out of range; names it, its place and the classes, before any
             gradient is computed. On a GPU it fails a device-side assert.
+        ValueError: a z_loss or a softcap out of its range; names it, and what is allowed.
         RuntimeError, ValueError, TypeError: as torch does, for shapes or dtypes that don't go
             together and unknown reductions.
 
     Example:
         >>> loss = fastopt.nn.functional.linear_cross_entropy(hidden, head.weight, tokens)
 
-    Reference: :func:`torch.nn.functional.linear_cross_entropy`, of torch 2.13 and newer. It
-    differs in its order of summation; the weight's gradient is summed in float32 and rounded
-    once; several backward passes through one graph are served, each after the first by computing
-    anew; and of positions that are all ignored the gradients are 0.
+    Reference: :func:`torch.nn.functional.linear_cross_entropy`, of torch 2.13 and newer,
+    which has neither z_loss nor softcap. It differs in its order of summation; the weight's
+    gradient is summed in float32 and rounded once; several backward passes through one graph are
+    served, each after the first by computing anew; and of positions that are all ignored the
+    gradients are 0.
     """
     raise NotImplementedError
 
 
-class LinearCrossEntropyLoss(LossModule, Base, function=linear_cross_entropy):  # type: ignore[misc]
+class LinearCrossEntropyLoss(SoftmaxModule, Base, function=linear_cross_entropy):  # type: ignore[misc]
     r"""A linear layer and the cross-entropy of its logits, as a module.
 
     Args:
@@ -261,6 +278,8 @@ class LinearCrossEntropyLoss(LossModule, Base, function=linear_cross_entropy):  
         ignore_index: class index of positions that count for nothing; None means -100.
         label_smoothing: share of the target spread over all classes, in [0, 1].
         options: a ``torch.nn.LinearCrossEntropyOptions``: torch's own code, by these pieces.
+        z_loss: what the square of the log-sum-exp is multiplied by and added, a number >= 0.
+        softcap: the bound of the logits' absolute values, by a tanh; None for none.
 
     Formula, shapes, dtypes and errors: see :func:`fastopt.nn.functional.linear_cross_entropy`.
     The layer is `linear`, whose weight has the size (C · d1 · …, in_features). Torch before 2.13
@@ -272,6 +291,30 @@ class LinearCrossEntropyLoss(LossModule, Base, function=linear_cross_entropy):  
 
     Reference: :class:`torch.nn.LinearCrossEntropyLoss`
     """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+    ) -> None:
+        super().__init__(
+            in_features, num_classes, out_features=out_features, bias=bias, device=device,
+            dtype=dtype, reduction=reduction, weight=weight, ignore_index=ignore_index,
+            label_smoothing=label_smoothing, options=options,
+        )  # fmt: skip
+        self._set(z_loss, softcap)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return linear_cross_entropy(input, *self._layer(), target, **self._further())

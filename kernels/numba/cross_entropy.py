@@ -3,9 +3,12 @@
 With coefficients k_c (the weighted and smoothed target distribution of a position),
 mass = sum of k_c and p = softmax(x):
 
-    loss         = mass * log sum exp(x - max) - sum of k_c (x_c - max)
-    d loss / d x = mass * p_c - k_c
+    loss         = mass * log sum exp(x - max) - sum of k_c (x_c - max) + z_loss * lse**2
+    d loss / d x = (mass + 2 * z_loss * lse) * p_c - k_c
     d loss / d t = weight_c * (log sum exp(x - max) - (x_c - max))
+
+where lse = max + log sum exp(x - max). With a softcap x is softcap * tanh(logit / softcap), and
+its derivative by a logit is 1 - tanh(logit / softcap)**2.
 
 A class index puts one coefficient, `hard` times its class weight, on top of an optional
 array `smooth`; probabilities give every class its own, t_c * weight_c + smooth_c.
@@ -60,6 +63,8 @@ class _Call(NamedTuple):
     hard: float
     ignore_index: int
     denominator: float
+    softcap: float | None
+    z_loss: float | None
 
 
 def prepare(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> _Call:
@@ -72,6 +77,7 @@ def prepare(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> _Call
     axis = _axis(input)
     record: Any = options.record
     ignore_index, smoothing = record.ignore_index, record.label_smoothing
+    extras = record.softcap, record.z_loss or None
     smooth = None
     if weight is not None:
         weight = weight.contiguous()
@@ -89,13 +95,15 @@ def prepare(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> _Call
             weight = kept if weight is None else kept * weight
         if options.reduction == "mean":
             denominator = axis.outer * axis.inner
-        return _Call(input, axis, None, target, weight, smooth, 0.0, -1, denominator)
+        return _Call(input, axis, None, target, weight, smooth, 0.0, -1, denominator, *extras)
     target = target.contiguous()
     used = used_weight(target, weight, ignore_index, axis.classes)
     if options.reduction == "mean":
         denominator = used
     hard = 1.0 - smoothing
-    return _Call(input, axis, target, None, weight, smooth, hard, ignore_index, denominator)
+    return _Call(
+        input, axis, target, None, weight, smooth, hard, ignore_index, denominator, *extras
+    )  # fmt: skip
 
 
 def _axis(tensor: torch.Tensor) -> ClassAxis:
@@ -142,8 +150,13 @@ _AT = {dtype: one.ctypes.data for dtype, one in _ONE.items()}
 
 
 @functools.cache
-def _launcher(loop: Any, over: bool, *dtypes: torch.dtype | None) -> Launcher:
-    """over: whether the gradient is written over the logits; dtypes: in the order of `run`.
+def _launcher(
+    loop: Any, over: bool, capped: bool, squared: bool, *dtypes: torch.dtype | None
+) -> Launcher:
+    """Its form of these dtypes, in the order of `run`.
+
+    over: whether the gradient is written over the logits; capped, squared: whether there is a
+    softcap, and a z_loss.
 
     What is read or written once a position is there in every call, wanted or not, so that there
     are few forms to be compiled.
@@ -157,14 +170,16 @@ def _launcher(loop: Any, over: bool, *dtypes: torch.dtype | None) -> Launcher:
     scratch = [pointer(compute, k, compute) for k in range(10, 15)]
     scratch += [pointer("float64", k, "float64") for k in range(15, 20)]
     double, number = types.float64, getattr(types, compute)
+    extras = (number if capped else types.none, double if squared else types.none)
     if loop is not softmax_tiles:
         exps = types.none if not over and _in_place(dtypes[0], dtypes[6]) else scratch[1]
         lines = scratch[5:8] if loop is softmax_rows else scratch[5:9]
-        last = (double, double, number, *[types.intp] * 10)
+        last = (double, double, number, *extras, *[types.intp] * 10)
         return Launcher(loop, *slots, double, scratch[0], exps, *lines, *last)
     del slots[7], slots[2]
-    last = (double, double, double, number, *[types.intp] * 14)
-    return Launcher(loop, *slots, double, pointer("int64", 2), *scratch, *last)
+    free = pointer("int64", 2), pointer(compute, 7, compute) if capped else types.none
+    last = (double, double, double, number, *extras, *[types.intp] * 14)
+    return Launcher(loop, *slots, double, *free, *scratch, *last)
 
 
 def _in_place(input: torch.dtype | None, grad: torch.dtype | None) -> bool:
@@ -202,7 +217,9 @@ def run(
     )  # fmt: skip
     dtypes = [None if t is None else t.dtype for t in tensors]
     addresses = [None if t is None else t.data_ptr() for t in tensors]
-    over = grad is call.input
+    over, capped = grad is call.input, call.softcap is not None
+    form = (over, capped, call.z_loss is not None)
+    extras = (call.softcap, call.z_loss)
     # The positions' losses, before they are narrowed or added up.
     ends, dtypes[5] = 0 if exact else 8 * apart.py_func(rows), torch.float64
     dtypes[9] = dtypes[9] or dtypes[8] or call.input.dtype
@@ -230,10 +247,10 @@ def run(
         sums = range(start + ends, start + ends + 8 * lines * line, 8 * line)
         shifts = start + ends + 8 * lines * line
         exps = None if in_place else shifts + copies * blocks * size
-        good = _launcher(loop, over, *dtypes)(
-            parts, *addresses, bad, divisor, shifts, exps, *sums, call.hard, scale, 0.0, wanted,
-            step, call.ignore_index, x.classes, x.inner, rows, x.outer_stride, x.inner_stride,
-            t.outer_stride, t.inner_stride,
+        good = _launcher(loop, *form, *dtypes)(
+            parts, *addresses, bad, divisor, shifts, exps, *sums, call.hard, scale, 0.0, *extras,
+            wanted, step, call.ignore_index, x.classes, x.inner, rows, x.outer_stride,
+            x.inner_stride, t.outer_stride, t.inner_stride,
         )  # fmt: skip
         del held
         if not good:
@@ -241,21 +258,24 @@ def run(
         return
     width, pitch = _tile(x, size)
     line = parts * pitch
-    bad, held = memory.scratch(LINE + ends + line * ((x.classes + 4) * size + 6 * 8))
+    tiles = (1 + capped) * x.classes
+    bad, held = memory.scratch(LINE + ends + line * ((tiles + 4) * size + 6 * 8))
     start = bad + LINE
     addresses[5], addresses[9] = addresses[5] or start, addresses[9] or bad + 8
     start += ends
     numbers = start + line * 6 * 8  # those of eight bytes come first, for their alignment
-    first = numbers + line * x.classes * size
+    first = numbers + line * tiles * size
+    slopes = numbers + line * x.classes * size if capped else None
     columns = [numbers, *range(first, first + 4 * line * size, line * size)]
     columns += range(start + line * 8, start + 6 * line * 8, line * 8)
     mass = 0.0 if call.smooth is None else float(call.smooth.sum(dtype=torch.float64))
     g = dense_axis(x)
     del addresses[7], addresses[2]
-    good = _launcher(softmax_tiles, over, *dtypes)(
-        parts, *addresses, bad, divisor, start, *columns, call.hard, mass, scale, 0.0, wanted,
-        step, call.ignore_index, x.classes, x.inner, rows, x.outer_stride, x.inner_stride,
-        x.class_stride, g.outer_stride, g.inner_stride, g.class_stride, width, pitch,
+    good = _launcher(softmax_tiles, *form, *dtypes)(
+        parts, *addresses, bad, divisor, start, slopes, *columns, call.hard, mass, scale, 0.0,
+        *extras, wanted, step, call.ignore_index, x.classes, x.inner, rows, x.outer_stride,
+        x.inner_stride, x.class_stride, g.outer_stride, g.inner_stride, g.class_stride, width,
+        pitch,
     )  # fmt: skip
     del held
     if not good:

@@ -69,8 +69,12 @@ def divergences_part(
     record, exact, narrow = read_record(numbers, zero), read_record(numbers, 0.0), cast(scale, zero)
     for r in range(part * rows // parts, (part + 1) * rows // parts):
         row, t_row = r * stride, r * t_stride
-        top, total = softmax_statistics(x, row, 0, classes, zero, None, 0, None, 0, narrow)
-        t_top, t_total = softmax_statistics(y, t_row, 0, classes, zero, None, 0, None, 0, narrow)
+        top, total = softmax_statistics(
+            x, row, 0, classes, None, zero, None, 0, None, 0, narrow
+        )  # fmt: skip
+        t_top, t_total = softmax_statistics(
+            y, t_row, 0, classes, None, zero, None, 0, None, 0, narrow
+        )  # fmt: skip
         store(kept, r * KEPT, np.float64(top))
         store(kept, r * KEPT + 1, total)
         store(kept, r * KEPT + 2, np.float64(t_top))

@@ -1,4 +1,4 @@
-"""What the traversals of a softmax share: the class index, and the check of class indices."""
+"""What the traversals of a softmax share: class indices, their check, and options of the loss."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from .compiler import entry, inlined, kernel
+from .compiler import entry, exact, inlined, kernel
 from .pointer import load, store
+from .vector_math import cast, log, tanh
 
 
 @inlined
@@ -45,13 +46,44 @@ def chosen_loss(x: Any, top: Any, log_total: float, share: float) -> float:
 
 
 @inlined
-def chosen_gradient(p: float, share: float, mass: float, smooth: float) -> float:
-    """The gradient at the class index, where softmax is p, in float64.
+def chosen_gradient(p: float, share: float, pull: float, smooth: float) -> float:
+    """The gradient at the class index, where softmax is p and p's factor is pull, in float64.
 
     In low precision the difference of two rounded numbers p - 1 has no digit left once p
     is near 1, which random logits never show and trained models always do.
     """
-    return (mass + share) * p - share - smooth
+    return pull * p - share - smooth
+
+
+@inlined
+def capped(x: Any, softcap: Any) -> Any:
+    """A logit as the softmax has it."""
+    return x if softcap is None else _product(softcap, tanh(x / softcap))
+
+
+@exact
+def _product(a: Any, b: Any) -> Any:
+    return a * b  # as one operation with the difference from the largest, that would not be 0
+
+
+@inlined
+def cap_slope(x: Any, softcap: Any) -> Any:
+    """The derivative of a capped logit."""
+    one, t = cast(1, x), tanh(x / softcap)
+    return (one - t) * (one + t)
+
+
+@inlined
+def squared(z_loss: float, top: Any, total: float) -> float:
+    """The part of a position's loss that is the square of its log-sum-exp."""
+    log_sum: float = np.float64(top) + log(total)
+    return z_loss * log_sum * log_sum
+
+
+@inlined
+def pull_of(mass: float, z_loss: Any, top: Any, total: float) -> float:
+    """What the softmax is multiplied by in the gradient: all coefficients, and that of a square."""
+    return mass if z_loss is None else mass + 2.0 * z_loss * (np.float64(top) + log(total))
 
 
 # What a call wants of the positions' losses: nothing, their sum, each.

@@ -18,11 +18,15 @@ from .softmax import (
     EACH,
     NOTHING,
     SUM,
+    cap_slope,
+    capped,
     chosen_coefficients,
     chosen_gradient,
     chosen_loss,
     give_each,
+    pull_of,
     read_label,
+    squared,
 )
 from .softmax_rows import (
     BLOCK,
@@ -67,8 +71,9 @@ def combine(
 @kernel
 def statistics_part(
     part: int, parts: int, x: Any, probability: Any, weight: Any, smooth: Any, grad: Any,
-    shifts: Any, exps: Any, tops: Any, totals: Any, masses: Any, dots: Any, zero: Any, classes: int,
-    inner: int, rows: int, x_outer: int, x_inner: int, t_outer: int, t_inner: int,
+    shifts: Any, exps: Any, tops: Any, totals: Any, masses: Any, dots: Any, zero: Any,
+    softcap: Any, classes: int, inner: int, rows: int, x_outer: int, x_inner: int, t_outer: int,
+    t_inner: int,
 ) -> None:  # fmt: skip
     blocks, segments = (classes + BLOCK - 1) // BLOCK, (classes + SEGMENT - 1) // SEGMENT
     pieces = rows * segments
@@ -80,14 +85,14 @@ def statistics_part(
         at, first = r * classes, r * blocks
         if exps is None:
             top, total = softmax_statistics(
-                x, row, begin, end, zero, grad, at, shifts, first, None
+                x, row, begin, end, softcap, zero, grad, at, shifts, first, None
             )  # fmt: skip
         else:
             top, total = softmax_statistics(
-                x, row, begin, end, zero, exps, at, shifts, first, None
+                x, row, begin, end, softcap, zero, exps, at, shifts, first, None
             )  # fmt: skip
         mass, dot = row_coefficients(
-            x, row, probability, weight, smooth, base, begin, end, reference(top)
+            x, row, softcap, probability, weight, smooth, base, begin, end, reference(top)
         )  # fmt: skip
         store(tops, piece, np.float64(top))
         store(totals, piece, total)
@@ -98,7 +103,7 @@ def statistics_part(
 @kernel
 def target_part(
     part: int, parts: int, x: Any, weight: Any, t_grad: Any, tops: Any, masses: Any, dots: Any,
-    zero: Any, classes: int, inner: int, rows: int, x_outer: int, x_inner: int,
+    zero: Any, softcap: Any, classes: int, inner: int, rows: int, x_outer: int, x_inner: int,
 ) -> None:  # fmt: skip
     segments = (classes + SEGMENT - 1) // SEGMENT
     pieces = rows * segments
@@ -107,22 +112,24 @@ def target_part(
         end, s = min(begin + SEGMENT, classes), r * segments
         row = r // inner * x_outer + r % inner * x_inner
         target_gradient(
-            x, row, weight, t_grad, r * classes, begin, end, cast(load(tops, s), zero),
+            x, row, softcap, weight, t_grad, r * classes, begin, end, cast(load(tops, s), zero),
             cast(load(dots, s), zero), cast(load(masses, s), zero),
         )  # fmt: skip
 
 
 @kernel
 def gradient_part(
-    part: int, parts: int, target: Any, probability: Any, weight: Any, smooth: Any, grad: Any,
-    bad: Any, shifts: Any, exps: Any, tops: Any, totals: Any, masses: Any, dots: Any, zero: Any,
-    ignore_index: int, classes: int, inner: int, rows: int, t_outer: int, t_inner: int,
+    part: int, parts: int, x: Any, target: Any, probability: Any, weight: Any, smooth: Any,
+    grad: Any, bad: Any, shifts: Any, exps: Any, tops: Any, totals: Any, masses: Any, dots: Any,
+    zero: Any, softcap: Any, ignore_index: int, classes: int, inner: int, rows: int, x_outer: int,
+    x_inner: int, t_outer: int, t_inner: int,
 ) -> None:  # fmt: skip
     blocks, segments = (classes + BLOCK - 1) // BLOCK, (classes + SEGMENT - 1) // SEGMENT
     pieces = rows * segments
     for piece in range(part * pieces // parts, (part + 1) * pieces // parts):
         r, begin = piece // segments, piece % segments * SEGMENT
         end = min(begin + SEGMENT, classes)
+        row = r // inner * x_outer + r % inner * x_inner
         base, at = r // inner * t_outer + r % inner * t_inner, r * classes
         s = r * segments
         label, counts = -1, True
@@ -131,8 +138,8 @@ def gradient_part(
             counts = label >= 0
         if counts:
             row_gradient(
-                exps, at, shifts, r * blocks, probability, weight, smooth, base, grad, at,
-                begin, end, load(tops, s), load(totals, s), cast(load(masses, s), zero),
+                x, row, softcap, exps, at, shifts, r * blocks, probability, weight, smooth, base,
+                grad, at, begin, end, load(tops, s), load(totals, s), cast(load(masses, s), zero),
             )  # fmt: skip
             if begin <= label < end:
                 store(grad, at + label, cast(load(dots, s), zero))
@@ -145,8 +152,8 @@ def softmax_long(
     parts: int, x: Any, target: Any, probability: Any, weight: Any, smooth: Any, losses: Any,
     grad: Any, t_grad: Any, upstream: Any, out: Any, bad: Any, divisor: float, shifts: Any,
     exps: Any, tops: Any, totals: Any, masses: Any, dots: Any, hard: float, scale: float,
-    zero: Any, wanted: int, step: int, ignore_index: int, classes: int, inner: int, rows: int,
-    x_outer: int, x_inner: int, t_outer: int, t_inner: int,
+    zero: Any, softcap: Any, z_loss: Any, wanted: int, step: int, ignore_index: int, classes: int,
+    inner: int, rows: int, x_outer: int, x_inner: int, t_outer: int, t_inner: int,
 ) -> bool:  # fmt: skip
     """Arguments: see cross_entropy.run and softmax_rows. Whether all class indices were in range.
 
@@ -157,7 +164,7 @@ def softmax_long(
     store(bad, 0, 0)
     on_threads(statistics_part, parts, (
         x, probability, weight, smooth, grad, shifts, exps, tops, totals, masses, dots, zero,
-        classes, inner, rows, x_outer, x_inner, t_outer, t_inner,
+        softcap, classes, inner, rows, x_outer, x_inner, t_outer, t_inner,
     ))  # fmt: skip
     for r in range(rows):
         s = r * segments
@@ -167,35 +174,43 @@ def softmax_long(
         if target is not None:
             label = read_label(target, r, ignore_index, classes, bad)
             counts = label >= 0
-        value, share, label_smooth, factor, g = 0.0, 0.0, 0.0, 0.0, 0.0
+        value, share, label_smooth, pull, factor, g = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
         if counts:
             log_total = log(total)
             value = mass * log_total - dot
             if target is not None:
                 share, label_smooth = chosen_coefficients(label, hard, weight, smooth)
-                value += chosen_loss(load(x, row + label), top, log_total, share)
+                chosen = capped(load(x, row + label), softcap)
+                value += chosen_loss(chosen, top, log_total, share)
+            if z_loss is not None:
+                value += squared(z_loss, top, total)
+            pull = pull_of(mass + share, z_loss, top, total)
             factor = scale * np.float64(load(upstream, r * step))
             if target is not None and grad is not None:
                 e = load(grad, at + label) if exps is None else load(exps, at + label)
                 p = np.float64(e) * since(load(shifts, r * blocks + label // BLOCK), top) / total
-                g = factor * chosen_gradient(p, share, mass, label_smooth)
+                g = factor * chosen_gradient(p, share, pull, label_smooth)
+                if softcap is not None:
+                    g *= np.float64(cap_slope(load(x, row + label), softcap))
         if wanted != NOTHING:
             store(losses, r, value)
         if t_grad is not None:
             g = log(total)  # there is no class index, which g would be the gradient of
         # These have served; now the row's first segment has what its gradients need.
         store(tops, s, top)
-        store(totals, s, factor * (mass + share) / total)
+        store(totals, s, factor * pull / total)
         store(masses, s, factor)
         store(dots, s, g)
     if t_grad is not None:
         on_threads(target_part, parts, (
-            x, weight, t_grad, tops, masses, dots, zero, classes, inner, rows, x_outer, x_inner,
+            x, weight, t_grad, tops, masses, dots, zero, softcap, classes, inner, rows, x_outer,
+            x_inner,
         ))  # fmt: skip
     if grad is not None:
         on_threads(gradient_part, parts, (
-            target, probability, weight, smooth, grad, bad, shifts, exps, tops, totals, masses,
-            dots, zero, ignore_index, classes, inner, rows, t_outer, t_inner,
+            x, target, probability, weight, smooth, grad, bad, shifts, exps, tops, totals, masses,
+            dots, zero, softcap, ignore_index, classes, inner, rows, x_outer, x_inner, t_outer,
+            t_inner,
         ))  # fmt: skip
     if wanted == EACH:
         give_each(out, losses, 0, rows)

@@ -20,11 +20,15 @@ from .softmax import (
     EACH,
     NOTHING,
     SUM,
+    cap_slope,
+    capped,
     chosen_coefficients,
     chosen_gradient,
     chosen_loss,
     give_each,
+    pull_of,
     read_label,
+    squared,
 )
 from .team import on_threads
 from .vector_math import cast, exp_below_one, log
@@ -59,7 +63,7 @@ def block_max(x: Any, begin: int, end: int) -> Any:
 
 @summing_kernel
 def block_sum_exp(
-    x: Any, begin: int, end: int, shift: Any, exps: Any, out: int, scale: Any
+    x: Any, begin: int, end: int, softcap: Any, shift: Any, exps: Any, out: int, scale: Any
 ) -> float:
     """Sum of exp(x - shift) <= 1 over x[begin:end], which are kept if wanted.
 
@@ -71,7 +75,7 @@ def block_sum_exp(
     one = cast(1, shift)
     total = rest = cast(0, shift)
     for i in range(end - begin):
-        difference = load(x, begin + i) - shift
+        difference = capped(load(x, begin + i), softcap) - shift
         if scale is not None:
             difference = difference * scale
         e = exp_below_one(difference)
@@ -85,8 +89,8 @@ def block_sum_exp(
 
 @kernel
 def softmax_statistics(
-    x: Any, row: int, begin: int, end: int, zero: Any, exps: Any, out: int, shifts: Any,
-    first: int, scale: Any,
+    x: Any, row: int, begin: int, end: int, softcap: Any, zero: Any, exps: Any, out: int,
+    shifts: Any, first: int, scale: Any,
 ) -> tuple[Any, float]:  # fmt: skip
     """(max, sum of exp(x - max)) of classes begin to end of a row; begin is that of a block.
 
@@ -97,7 +101,7 @@ def softmax_statistics(
     top, total = lowest, 0.0
     for c in range(begin, end, BLOCK):
         stop = min(c + BLOCK, end)
-        here = block_max(x, row + c, row + stop)
+        here = capped(block_max(x, row + c, row + stop), softcap)
         for i in range(stop, min(stop + BLOCK, end), per_line(x)):
             prefetch(x, row + i)  # memory has nothing to do during the exponentials
         if here > top:
@@ -109,7 +113,7 @@ def softmax_statistics(
             top = here
         # while all is -inf, anything finite will do: (-inf) - (-inf) is NaN
         shift = top if top > lowest else zero
-        total += block_sum_exp(x, row + c, row + stop, shift, exps, out + c, scale)
+        total += block_sum_exp(x, row + c, row + stop, softcap, shift, exps, out + c, scale)
         if exps is not None:
             store(shifts, first + c // BLOCK, top)
     return top, total
@@ -131,7 +135,7 @@ def coefficient(probability: Any, weight: Any, smooth: Any, base: int, c: int, z
 
 @summing_kernel
 def block_coefficients(
-    x: Any, row: int, probability: Any, weight: Any, smooth: Any, base: int,
+    x: Any, row: int, softcap: Any, probability: Any, weight: Any, smooth: Any, base: int,
     begin: int, end: int, top: Any,
 ) -> tuple[float, float]:  # fmt: skip
     """Sums of k_c and of k_c (x_c - max) over a block of classes."""
@@ -140,21 +144,23 @@ def block_coefficients(
     for c in range(begin, end):
         k = coefficient(probability, weight, smooth, base, c, zero)
         total += np.float64(k)
-        dot += np.float64(k) * np.float64(load(x, row + c) - top)
+        dot += np.float64(k) * np.float64(capped(load(x, row + c), softcap) - top)
     return total, dot
 
 
 @kernel
 def row_coefficients(
-    x: Any, row: int, probability: Any, weight: Any, smooth: Any, base: int, begin: int, end: int,
-    top: Any,
+    x: Any, row: int, softcap: Any, probability: Any, weight: Any, smooth: Any, base: int,
+    begin: int, end: int, top: Any,
 ) -> tuple[float, float]:  # fmt: skip
     """Sums of k_c and of k_c (x_c - max) over classes; zeros for a plain class index."""
     mass, dot = 0.0, 0.0
     if smooth is not None or probability is not None:
         for c in range(begin, end, BLOCK):
             stop = min(c + BLOCK, end)
-            k, kx = block_coefficients(x, row, probability, weight, smooth, base, c, stop, top)
+            k, kx = block_coefficients(
+                x, row, softcap, probability, weight, smooth, base, c, stop, top
+            )  # fmt: skip
             mass += k
             dot += kx
     return mass, dot
@@ -162,8 +168,8 @@ def row_coefficients(
 
 @kernel
 def block_gradient(
-    exps: Any, at: int, probability: Any, weight: Any, smooth: Any, base: int, grad: Any,
-    out: int, begin: int, end: int, softmax_scale: Any, scale: Any,
+    x: Any, row: int, softcap: Any, exps: Any, at: int, probability: Any, weight: Any, smooth: Any,
+    base: int, grad: Any, out: int, begin: int, end: int, softmax_scale: Any, scale: Any,
 ) -> None:  # fmt: skip
     zero = cast(0, scale)
     for c in range(begin, end):
@@ -172,6 +178,8 @@ def block_gradient(
         g = e * softmax_scale
         if smooth is not None or probability is not None:
             g = g - coefficient(probability, weight, smooth, base, c, zero) * scale
+        if softcap is not None:
+            g = g * cap_slope(load(x, row + c), softcap)
         store(grad, out + c, g)
 
 
@@ -183,26 +191,26 @@ def since(shift: Any, top: Any) -> float:
 
 @kernel
 def row_gradient(
-    exps: Any, at: int, shifts: Any, first: int, probability: Any, weight: Any, smooth: Any,
-    base: int, grad: Any, out: int, begin: int, end: int, top: Any, softmax_scale: float,
-    scale: Any,
+    x: Any, row: int, softcap: Any, exps: Any, at: int, shifts: Any, first: int, probability: Any,
+    weight: Any, smooth: Any, base: int, grad: Any, out: int, begin: int, end: int, top: Any,
+    softmax_scale: float, scale: Any,
 ) -> None:  # fmt: skip
     for c in range(begin, end, BLOCK):
         block_scale = softmax_scale * since(load(shifts, first + c // BLOCK), top)
         block_gradient(
-            exps, at, probability, weight, smooth, base, grad, out, c, min(c + BLOCK, end),
-            cast(block_scale, scale), scale,
+            x, row, softcap, exps, at, probability, weight, smooth, base, grad, out, c,
+            min(c + BLOCK, end), cast(block_scale, scale), scale,
         )  # fmt: skip
 
 
 @kernel
 def target_gradient(
-    x: Any, row: int, weight: Any, grad: Any, out: int, begin: int, end: int, top: Any,
-    log_total: Any, factor: Any,
+    x: Any, row: int, softcap: Any, weight: Any, grad: Any, out: int, begin: int, end: int,
+    top: Any, log_total: Any, factor: Any,
 ) -> None:  # fmt: skip
     """factor * weight_c * -log softmax of classes begin to end: that of their probabilities."""
     for c in range(begin, end):
-        slope = factor * (log_total - (load(x, row + c) - top))
+        slope = factor * (log_total - (capped(load(x, row + c), softcap) - top))
         if weight is not None:
             slope *= load(weight, c)
         store(grad, out + c, slope)
@@ -232,8 +240,8 @@ def softmax_rows_part(
     part: int, parts: int, x: Any, target: Any, probability: Any, weight: Any, smooth: Any,
     losses: Any, grad: Any, t_grad: Any, upstream: Any, bad: Any, shifts: Any, exps: Any,
     out: Any, plain: Any, masses: Any, totals: Any, hard: float, scale: float, zero: Any,
-    wanted: int, step: int, ignore_index: int, classes: int, inner: int, rows: int, x_outer: int,
-    x_inner: int, t_outer: int, t_inner: int,
+    softcap: Any, z_loss: Any, wanted: int, step: int, ignore_index: int, classes: int, inner: int,
+    rows: int, x_outer: int, x_inner: int, t_outer: int, t_inner: int,
 ) -> None:  # fmt: skip
     blocks = (classes + BLOCK - 1) // BLOCK
     first, kept = part * apart(blocks), part * apart(classes)
@@ -251,40 +259,44 @@ def softmax_rows_part(
             if exps is None:
                 at = r * classes
                 top, total = softmax_statistics(
-                    x, row, 0, classes, zero, grad, at, shifts, first, None
+                    x, row, 0, classes, softcap, zero, grad, at, shifts, first, None
                 )  # fmt: skip
             else:
                 at = kept
                 top, total = softmax_statistics(
-                    x, row, 0, classes, zero, exps, at, shifts, first, None
+                    x, row, 0, classes, softcap, zero, exps, at, shifts, first, None
                 )  # fmt: skip
             mass, dot = row_coefficients(
-                x, row, probability, weight, smooth, base, 0, classes, top
+                x, row, softcap, probability, weight, smooth, base, 0, classes, top
             )  # fmt: skip
             share, label_smooth = 0.0, 0.0
             if target is not None:
                 share, label_smooth = chosen_coefficients(label, hard, weight, smooth)
-                value = chosen_loss(load(x, row + label), top, 0.0, share)
+                value = chosen_loss(capped(load(x, row + label), softcap), top, 0.0, share)
             value -= dot
+            if z_loss is not None:
+                value += squared(z_loss, top, total)
             factor, g_row = scale * np.float64(load(upstream, r * step)), r * classes
             if t_grad is not None:
                 target_gradient(
-                    x, row, weight, t_grad, g_row, 0, classes, top, cast(log(total), zero),
-                    cast(factor, zero),
+                    x, row, softcap, weight, t_grad, g_row, 0, classes, top,
+                    cast(log(total), zero), cast(factor, zero),
                 )  # fmt: skip
             if grad is not None:
-                p = 0.0
+                pull, g = pull_of(mass + share, z_loss, top, total), 0.0
                 if target is not None:
                     e = load(grad, at + label) if exps is None else load(exps, at + label)
                     shift = load(shifts, first + label // BLOCK)
                     p = np.float64(e) * since(shift, top) / total
+                    g = factor * chosen_gradient(p, share, pull, label_smooth)
+                    if softcap is not None:
+                        g *= np.float64(cap_slope(load(x, row + label), softcap))
                 row_gradient(
-                    exps, at, shifts, first, probability, weight, smooth, base, grad, g_row,
-                    0, classes, top, factor * (mass + share) / total, cast(factor, zero),
+                    x, row, softcap, exps, at, shifts, first, probability, weight, smooth, base,
+                    grad, g_row, 0, classes, top, factor * pull / total, cast(factor, zero),
                 )  # fmt: skip
                 if target is not None:
-                    g = chosen_gradient(p, share, mass, label_smooth)
-                    store(grad, g_row + label, cast(factor * g, zero))
+                    store(grad, g_row + label, cast(g, zero))
             mass += share
         elif grad is not None:
             skip_row(grad, r * classes, classes, zero)
@@ -304,13 +316,15 @@ def softmax_rows(
     parts: int, x: Any, target: Any, probability: Any, weight: Any, smooth: Any, losses: Any,
     grad: Any, t_grad: Any, upstream: Any, out: Any, bad: Any, divisor: float, shifts: Any,
     exps: Any, plain: Any, masses: Any, totals: Any, hard: float, scale: float, zero: Any,
-    wanted: int, step: int, ignore_index: int, classes: int, inner: int, rows: int, x_outer: int,
-    x_inner: int, t_outer: int, t_inner: int,
+    softcap: Any, z_loss: Any, wanted: int, step: int, ignore_index: int, classes: int, inner: int,
+    rows: int, x_outer: int, x_inner: int, t_outer: int, t_inner: int,
 ) -> bool:  # fmt: skip
     """Arguments: see cross_entropy.run. Whether all class indices were in range.
 
     losses has room for every position's; out gets what is `wanted` of them; upstream is one number
     for all positions (step 0) or one for each (step 1).
+
+    softcap and z_loss are None where there are none.
 
     Scratch memory: shifts, the number of its blocks a part, and exps, a row a part, or None if
     the gradient's own memory can hold them, both `apart`; plain, masses and totals, GROUP a part.
@@ -318,8 +332,8 @@ def softmax_rows(
     store(bad, 0, 0)
     on_threads(softmax_rows_part, parts, (
         x, target, probability, weight, smooth, losses, grad, t_grad, upstream, bad, shifts, exps,
-        out, plain, masses, totals, hard, scale, zero, wanted, step, ignore_index, classes, inner,
-        rows, x_outer, x_inner, t_outer, t_inner,
+        out, plain, masses, totals, hard, scale, zero, softcap, z_loss, wanted, step, ignore_index,
+        classes, inner, rows, x_outer, x_inner, t_outer, t_inner,
     ))  # fmt: skip
     if wanted == SUM:
         store(out, 0, sum_all(losses, rows) / divisor)

@@ -18,11 +18,15 @@ from .softmax import (
     EACH,
     NOTHING,
     SUM,
+    cap_slope,
+    capped,
     chosen_coefficients,
     chosen_gradient,
     chosen_loss,
     give_each,
+    pull_of,
     read_label,
+    squared,
 )
 from .team import on_threads
 from .vector_math import cast, exp_below_one, log
@@ -50,6 +54,18 @@ def copy_in(
         for j in range(count):
             for c in range(classes):
                 store(tile, at + c * pitch + j, load(x, start + j * stride + c * class_stride))
+
+
+@kernel
+def cap_tile(
+    tile: Any, slopes: Any, at: int, pitch: int, count: int, classes: int, softcap: Any
+) -> None:
+    """The capped logits in place of the logits, and the derivatives by those."""
+    for c in range(classes):
+        for j in range(at + c * pitch, at + c * pitch + count):
+            x = load(tile, j)
+            store(slopes, j, cap_slope(x, softcap))
+            store(tile, j, capped(x, softcap))
 
 
 @kernel
@@ -99,15 +115,17 @@ def column_sums(
 
 @kernel
 def copy_out(
-    grad: Any, start: int, class_stride: int, stride: int, tile: Any, at: int, pitch: int,
-    count: int, classes: int, sums: Any, factors: Any, t: int, smooth: Any,
+    grad: Any, start: int, class_stride: int, stride: int, tile: Any, slopes: Any, at: int,
+    pitch: int, count: int, classes: int, sums: Any, factors: Any, t: int, smooth: Any,
 ) -> None:  # fmt: skip
-    """grad = e * sums - smooth_c * factors, with e from the tile."""
+    """grad = e * sums - smooth_c * factors, with e from the tile, times the slopes of a cap."""
     for c in range(classes):
         for j in range(count):
             g = load(tile, at + c * pitch + j) * load(sums, t + j)
             if smooth is not None:
                 g = g - load(smooth, c) * load(factors, t + j)
+            if slopes is not None:
+                g = g * load(slopes, at + c * pitch + j)
             if stride == 1:
                 store(grad, start + c * class_stride + j, g)
             else:
@@ -130,9 +148,9 @@ def copy_out(
 @kernel
 def choose_labels(
     x: Any, start: int, class_stride: int, stride: int, tile: Any, at: int, pitch: int,
-    target: Any, r: int, weight: Any, smooth: Any, hard: float, mass: float, ignore_index: int,
-    bad: Any, count: int, classes: int, labels: Any, chosen: Any, exps: Any, shares: Any,
-    masses: Any, smooths: Any, t: int,
+    target: Any, r: int, weight: Any, smooth: Any, softcap: Any, hard: float, mass: float,
+    ignore_index: int, bad: Any, count: int, classes: int, labels: Any, chosen: Any, exps: Any,
+    shares: Any, masses: Any, smooths: Any, t: int,
 ) -> bool:  # fmt: skip
     """What belongs to each position's class index; False if some position is ignored.
 
@@ -152,7 +170,8 @@ def choose_labels(
             store(smooths, t + j, label_smooth)
             store(masses, t + j, row_mass)
         store(shares, t + j, share)
-        store(chosen, t + j, load(x, start + j * stride + label * class_stride))
+        logit = load(x, start + j * stride + label * class_stride)
+        store(chosen, t + j, capped(logit, softcap))
         store(exps, t + j, load(tile, at + label * pitch + j))
     return complete
 
@@ -160,7 +179,7 @@ def choose_labels(
 @kernel
 def losses_of(
     losses: Any, r: int, count: int, tops: Any, totals: Any, dots: Any, chosen: Any, shares: Any,
-    masses: Any, smooth: Any, t: int,
+    masses: Any, smooth: Any, z_loss: Any, t: int,
 ) -> None:  # fmt: skip
     for j in range(count):
         log_total = log(load(totals, t + j))
@@ -168,14 +187,16 @@ def losses_of(
         value = chosen_loss(x, top, log_total, share)
         if smooth is not None:
             value += load(masses, t + j) * log_total - load(dots, t + j)
+        if z_loss is not None:
+            value += squared(z_loss, top, load(totals, t + j))
         store(losses, r + j, value)
 
 
 @kernel
 def factors_of(
     upstream: Any, r: int, scale: float, count: int, tops: Any, sums: Any, totals: Any,
-    dots: Any, exps: Any, shares: Any, masses: Any, smooths: Any, smooth: Any, t: int, zero: Any,
-    step: int,
+    dots: Any, exps: Any, shares: Any, masses: Any, smooths: Any, smooth: Any, z_loss: Any, t: int,
+    zero: Any, step: int,
 ) -> None:  # fmt: skip
     """What the gradients need, where other numbers have served.
 
@@ -194,22 +215,26 @@ def factors_of(
         if smooth is not None:
             mass, label_smooth = load(masses, t + j), load(smooths, t + j)
         p = np.float64(load(exps, t + j)) / total
-        store(totals, t + j, factor * chosen_gradient(p, share, mass, label_smooth))
-        store(sums, t + j, cast(factor * (mass + share) / total, zero))
+        pull = pull_of(mass + share, z_loss, load(tops, t + j), total)
+        store(totals, t + j, factor * chosen_gradient(p, share, pull, label_smooth))
+        store(sums, t + j, cast(factor * pull / total, zero))
         store(tops, t + j, cast(factor, zero))
 
 
 @kernel
 def write_labels(
-    grad: Any, start: int, class_stride: int, stride: int, count: int, classes: int, labels: Any,
-    chosen: Any, t: int, zero: Any,
+    grad: Any, start: int, class_stride: int, stride: int, slopes: Any, at: int, pitch: int,
+    count: int, classes: int, labels: Any, chosen: Any, t: int, zero: Any,
 ) -> None:  # fmt: skip
     """Write the gradients at the class indices, and exact zeros where a position is ignored."""
     for j in range(count):
         label = load(labels, t + j)
         if label >= 0:
             place = start + j * stride + label * class_stride
-            store(grad, place, cast(load(chosen, t + j), zero))
+            g = load(chosen, t + j)
+            if slopes is not None:
+                g *= np.float64(load(slopes, at + label * pitch + j))
+            store(grad, place, cast(g, zero))
         else:
             for c in range(classes):
                 store(grad, start + j * stride + c * class_stride, zero)
@@ -218,11 +243,11 @@ def write_labels(
 @kernel
 def tiles_part(
     part: int, parts: int, x: Any, target: Any, weight: Any, smooth: Any, losses: Any, grad: Any,
-    upstream: Any, out: Any, bad: Any, labels: Any, tile: Any, tops: Any, sums: Any, chosen: Any,
-    exps: Any, totals: Any, dots: Any, shares: Any, masses: Any, smooths: Any, hard: float,
-    mass: float, scale: float, zero: Any, wanted: int, step: int, ignore_index: int, classes: int,
-    inner: int, rows: int, x_outer: int, x_inner: int, x_class: int, g_outer: int, g_inner: int,
-    g_class: int, width: int, pitch: int,
+    upstream: Any, out: Any, bad: Any, labels: Any, slopes: Any, tile: Any, tops: Any, sums: Any,
+    chosen: Any, exps: Any, totals: Any, dots: Any, shares: Any, masses: Any, smooths: Any,
+    hard: float, mass: float, scale: float, zero: Any, softcap: Any, z_loss: Any, wanted: int,
+    step: int, ignore_index: int, classes: int, inner: int, rows: int, x_outer: int, x_inner: int,
+    x_class: int, g_outer: int, g_inner: int, g_class: int, width: int, pitch: int,
 ) -> None:  # fmt: skip
     per_outer = (inner + width - 1) // width
     tiles = rows // inner * per_outer
@@ -234,15 +259,19 @@ def tiles_part(
         g_start = outer * g_outer + first * g_inner
         r = outer * inner + first
         copy_in(x, start, x_class, x_inner, tile, at, pitch, count, classes)
+        if softcap is not None:
+            cap_tile(tile, slopes, at, pitch, count, classes, softcap)
         column_max(tile, at, pitch, count, classes, tops, t)
         column_sums(tile, at, pitch, count, classes, tops, sums, totals, dots, t, smooth)
         complete = choose_labels(
-            x, start, x_class, x_inner, tile, at, pitch, target, r, weight, smooth, hard,
-            mass, ignore_index, bad, count, classes, labels, chosen, exps, shares, masses,
+            x, start, x_class, x_inner, tile, at, pitch, target, r, weight, smooth, softcap,
+            hard, mass, ignore_index, bad, count, classes, labels, chosen, exps, shares, masses,
             smooths, t,
         )  # fmt: skip
         if wanted != NOTHING:
-            losses_of(losses, r, count, tops, totals, dots, chosen, shares, masses, smooth, t)
+            losses_of(
+                losses, r, count, tops, totals, dots, chosen, shares, masses, smooth, z_loss, t
+            )  # fmt: skip
             if not complete:
                 for j in range(count):
                     if load(labels, t + j) < 0:
@@ -252,38 +281,39 @@ def tiles_part(
         if grad is not None:
             factors_of(
                 upstream, r, scale, count, tops, sums, totals, dots, exps, shares, masses, smooths,
-                smooth, t, zero, step,
+                smooth, z_loss, t, zero, step,
             )  # fmt: skip
             copy_out(
-                grad, g_start, g_class, g_inner, tile, at, pitch, count, classes, sums, tops,
-                t, smooth,
+                grad, g_start, g_class, g_inner, tile, slopes, at, pitch, count, classes, sums,
+                tops, t, smooth,
             )  # fmt: skip
             write_labels(
-                grad, g_start, g_class, g_inner, count, classes, labels, totals, t, zero
+                grad, g_start, g_class, g_inner, slopes, at, pitch, count, classes, labels, totals,
+                t, zero,
             )  # fmt: skip
 
 
 @region
 def softmax_tiles(
     parts: int, x: Any, target: Any, weight: Any, smooth: Any, losses: Any, grad: Any,
-    upstream: Any, out: Any, bad: Any, divisor: float, labels: Any, tile: Any, tops: Any,
-    sums: Any, chosen: Any, exps: Any, totals: Any, dots: Any, shares: Any, masses: Any,
-    smooths: Any, hard: float, mass: float, scale: float, zero: Any, wanted: int, step: int,
-    ignore_index: int, classes: int, inner: int, rows: int, x_outer: int, x_inner: int,
-    x_class: int, g_outer: int, g_inner: int, g_class: int, width: int, pitch: int,
+    upstream: Any, out: Any, bad: Any, divisor: float, labels: Any, slopes: Any, tile: Any,
+    tops: Any, sums: Any, chosen: Any, exps: Any, totals: Any, dots: Any, shares: Any, masses: Any,
+    smooths: Any, hard: float, mass: float, scale: float, zero: Any, softcap: Any, z_loss: Any,
+    wanted: int, step: int, ignore_index: int, classes: int, inner: int, rows: int, x_outer: int,
+    x_inner: int, x_class: int, g_outer: int, g_inner: int, g_class: int, width: int, pitch: int,
 ) -> bool:  # fmt: skip
     """Arguments: see cross_entropy.run and softmax_rows. mass is the sum over `smooth`.
 
     Whether all class indices were in range. labels, tile, tops, sums, chosen, exps, totals, dots,
     shares, masses and smooths are scratch memory, `pitch` numbers a part (tile: a part and class),
-    of which `width` are used.
+    of which `width` are used. slopes is another tile, None where logits aren't capped.
     """
     store(bad, 0, 0)
     on_threads(tiles_part, parts, (
-        x, target, weight, smooth, losses, grad, upstream, out, bad, labels, tile, tops, sums,
-        chosen, exps, totals, dots, shares, masses, smooths, hard, mass, scale, zero, wanted, step,
-        ignore_index, classes, inner, rows, x_outer, x_inner, x_class, g_outer, g_inner, g_class,
-        width, pitch,
+        x, target, weight, smooth, losses, grad, upstream, out, bad, labels, slopes, tile, tops,
+        sums, chosen, exps, totals, dots, shares, masses, smooths, hard, mass, scale, zero, softcap,
+        z_loss, wanted, step, ignore_index, classes, inner, rows, x_outer, x_inner, x_class,
+        g_outer, g_inner, g_class, width, pitch,
     ))  # fmt: skip
     if wanted == SUM:
         store(out, 0, sum_all(losses, rows) / divisor)

@@ -168,6 +168,22 @@ def exp_below_one(x: Any) -> Any:
     raise NotImplementedError
 
 
+def exp_and_less(x: Any) -> Any:
+    """`exp_below_one`, and that less 1 with all of its digits, near 0 too."""
+    raise NotImplementedError
+
+
+@inlined
+def tanh(x: Any) -> Any:
+    """In x's dtype, within 3 ulp; 1 and -1 exactly far out, NaN of NaN."""
+    one, two = cast(1, x), cast(2, x)
+    e, less = exp_and_less(-two * abs(x))
+    near = e > cast(0.5, x)
+    part = (-less if near else two * e) / (one + e)
+    above = part if near else one - part
+    return above if x >= cast(0, x) else -above
+
+
 # Of (e**r - 1 - r) / r**2 for abs(r) <= ln 2 / 2 (relative errors of e**r 3e-9, 2e-10, 4e-18).
 _SHORT = tuple(
     map(
@@ -217,8 +233,13 @@ def _exp_below_one(x: Any) -> Any:
     return _code(x, whole=False)
 
 
-def _code(x: Any, whole: bool) -> Callable[[Any], Any]:
-    """e**x for any x, or for x <= 0 alone."""
+@overload(exp_and_less, jit_options=FUNCTION_OPTIONS)
+def _exp_and_less(x: Any) -> Any:
+    return _code(x, whole=False, both=True)
+
+
+def _code(x: Any, whole: bool, both: bool = False) -> Callable[[Any], Any]:
+    """e**x for any x, or for x <= 0 alone, for which it may be given with e**x - 1."""
     _, mantissa, bias = _FORMAT[x]
     number: Any = np.float32 if x == types.float32 else np.float64
     polynomial = _polynomial_float32 if x == types.float32 else _polynomial_float64
@@ -239,6 +260,9 @@ def _code(x: Any, whole: bool) -> Callable[[Any], Any]:
         n = shifted - shifter
         rest = clamped - n * high
         r = rest if low is None else rest - n * low
+        if both:
+            power, more = power_of_two(shifted), (polynomial(r) * r + one) * r
+            return power + power * more, (power - one) + power * more
         if not whole:
             return ((polynomial(r) * r + one) * r + one) * power_of_two(shifted)
         # with what the three sums round off, so that the result is rounded once

@@ -3,9 +3,11 @@
 With coefficients k_c (the weighted and smoothed target distribution of a position),
 mass = sum of k_c and p = softmax(x):
 
-    loss         = mass * log sum exp(x - max) - sum of k_c (x_c - max)
-    d loss / d x = mass * p_c - k_c
+    loss         = mass * log sum exp(x - max) - sum of k_c (x_c - max) + z_loss * lse**2
+    d loss / d x = (mass + 2 * z_loss * lse) * p_c - k_c
     d loss / d t = kept * weight_c * (log sum exp(x - max) - (x_c - max))
+
+where lse = max + log sum exp(x - max). A softcap has softcap * tanh(logit / softcap) for x.
 
 Bytes per logit in b bytes (a position's target, loss and statistics are some 24 bytes more):
 
@@ -87,7 +89,7 @@ def tiling(
         machine: the device.
         twice: whether rows too long for a tile are read twice; otherwise every part of a row
             stands by itself, and there may be as many as there are.
-        plain: whether there is but a class index; weights and probabilities need registers, too.
+        plain: whether there is but a class index; what else a call has needs registers, too.
     """
     positions, classes = axis.outer * axis.inner, axis.classes
     width = power_of_2(classes)
@@ -133,6 +135,8 @@ class _Call(NamedTuple):
     smooth: float  # spread to each class
     ignore_index: int
     reduction: str
+    softcap: float | None
+    z_loss: float
 
     @property
     def positions(self) -> int:
@@ -145,8 +149,8 @@ class _Call(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether a position's target is but a class index."""
-        return self.probability is None and self.weight is None
+        """Whether a position's target is but a class index, and no logit is capped."""
+        return self.probability is None and self.weight is None and self.softcap is None
 
 
 class Kept(NamedTuple):
@@ -181,7 +185,7 @@ def prepare(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> _Call
         check_on_host(target, axis.classes, ignore_index)
     return _Call(
         input, axis, target, probability, weight, weight_sum, 1.0 - smoothing,
-        smoothing / axis.classes, ignore_index, options.reduction,
+        smoothing / axis.classes, ignore_index, options.reduction, record.softcap, record.z_loss,
     )  # fmt: skip
 
 
@@ -248,9 +252,9 @@ def _step(call: _Call) -> int:
     return math.gcd(16, x.classes, *strides)
 
 
-def _numbers(call: _Call) -> tuple[float, float]:
-    dtype = call.input.dtype
-    return number(call.kept, dtype), number(call.smooth, dtype)
+def _numbers(call: _Call) -> tuple[float | None, ...]:
+    numbers = (call.kept, call.smooth, call.softcap)
+    return tuple(None if n is None else number(n, call.input.dtype) for n in numbers)
 
 
 def _probability_axis(call: _Call) -> ClassAxis:
@@ -289,13 +293,14 @@ def run(
     tops, totals, masses, divisors = kept or (None,) * 4
     lines = tops.numel() // max(call.positions, 1) if given and tops is not None else 1
     g = dense_axis(call.axis)
+    z_loss = number(call.z_loss, call.input.dtype) if call.z_loss else None
     launch(
         softmax_rows, (-(-call.positions // cut.rows), cut.splits), call.input.device,
         cut.threads, call.input, call.target, call.probability, call.weight, call.weight_sum,
         tops, totals, masses, lines, divisors, 0 if divisors is None else divisors.numel(),
         call.positions if call.reduction == "mean" else None, grad_output, losses, partials, grad,
         t_grad, call.positions, cut.span, call.ignore_index, call.axis, _probability_axis(call), g,
-        *_numbers(call), GIVEN=given, READY=ready,
+        *_numbers(call), z_loss, GIVEN=given, READY=ready,
         PER_ROW=call.reduction == "none", G_UNIT=g.class_stride == 1, SINGLE=cut.single,
         LINES=power_of_2(lines), **_constants(call, cut),
     )  # fmt: skip
@@ -379,7 +384,8 @@ def describe(options: Options, tensors: tuple[torch.Tensor | None, ...]) -> str:
     assert target is not None
     axis = class_axis(input)
     assert axis is not None
-    plain = weight is None and not target.is_floating_point()
+    record: Any = options.record
+    plain = weight is None and not target.is_floating_point() and record.softcap is None
     if target.is_floating_point():
         axis = axis._replace(class_stride=1)  # else it is copied
     cut = tiling(axis, input.itemsize, hardware(input.device), plain=plain)

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .compiler import as_number, device_function, kernel
 from .reduction import sum_all
+from .vector_math import quotient
 
 
 @device_function
@@ -64,6 +65,34 @@ def with_one_more(top, total, value):
 
 
 @device_function
+def tanh(value):
+    """By an exponential; near 0, where that leaves few digits, by Lambert's continued fraction.
+
+    It is cut off where float64 has no digit of the rest.
+    """
+    magnitude = tl.abs(value)
+    e = tl.exp(-2.0 * magnitude)
+    near = magnitude < 0.35
+    q = value * value
+    above = ((q + 378.0) * q + 17325.0) * q + 135135.0
+    below = ((28.0 * q + 3150.0) * q + 62370.0) * q + 135135.0
+    part = tl.where(near, magnitude * above, 2.0 * e) / tl.where(near, below, 1.0 + e)
+    part = tl.where(near, part, 1.0 - part)
+    return tl.where(value < 0, -part, part)
+
+
+@device_function
+def capped(logits, softcap):
+    """Logits as the softmax has them.
+
+    The product is rounded by itself: as one operation with the difference from the largest, that
+    would not be 0 for the largest.
+    """
+    bent = tanh(logits / softcap)
+    return tl.fma(bent, tl.zeros_like(bent) + softcap, tl.zeros_like(bent))
+
+
+@device_function
 def join(top, total, axis: tl.constexpr):
     """The largest of several tops, and their totals relative to it, summed."""
     joint = tl.max(top, axis)
@@ -90,7 +119,7 @@ def soft_target(
 
 @device_function
 def statistics(
-    input, probability, weight, starts, t_starts, inside, begin, end, x, t, kept, smooth,
+    input, probability, weight, starts, t_starts, inside, begin, end, x, t, kept, smooth, softcap,
     COMPUTE: tl.constexpr, SMOOTH: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, STAGES: tl.constexpr, LOWEST: tl.constexpr,
 ):  # fmt: skip
@@ -107,6 +136,8 @@ def statistics(
         mask = inside[:, None] & (column < end)[None, :]
         places = tile(input, starts, column, x, UNIT)
         value = tl.load(places, mask=mask, other=-float("inf")).to(COMPUTE)
+        if softcap is not None:
+            value = tl.where(mask, capped(value, softcap), -float("inf"))
         top, total = with_one_more(top, total, value)
         if probability is not None:
             mass += soft_target(
@@ -116,21 +147,23 @@ def statistics(
     return row_top, row_total, tl.sum(mass, 1)
 
 
-@kernel(do_not_specialize=["kept", "smooth"])
+@kernel(do_not_specialize=["kept", "smooth", "softcap"])
 def row_statistics(
-    input, probability, weight, tops, totals, masses, rows, span, x, t, kept, smooth,
+    input, probability, weight, tops, totals, masses, rows, span, x, t, kept, smooth, softcap,
     COMPUTE: tl.constexpr, SMOOTH: tl.constexpr, FLAT: tl.constexpr, UNIT: tl.constexpr,
     WIDE: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     STAGES: tl.constexpr, LOWEST: tl.constexpr,
 ):  # fmt: skip
     """The statistics of `span` classes of some positions, into line program_id(1)."""
     kept, smooth = as_number(kept, COMPUTE), as_number(smooth, COMPUTE)
+    if softcap is not None:
+        softcap = as_number(softcap, COMPUTE)
     row, begin, end = part(span, x, WIDE, STEP, ROWS)
     inside = row < rows
     starts, t_starts = row_starts(row, x, FLAT, STEP), row_starts(row, t, FLAT, STEP)
     top, total, mass = statistics(
         input, probability, weight, starts, t_starts, inside, begin, end, x, t, kept, smooth,
-        COMPUTE, SMOOTH, UNIT, ROWS, COLUMNS, STAGES, LOWEST,
+        softcap, COMPUTE, SMOOTH, UNIT, ROWS, COLUMNS, STAGES, LOWEST,
     )  # fmt: skip
     place = tl.program_id(1) * rows + row
     tl.store(tops + place, top, mask=inside)
@@ -139,11 +172,15 @@ def row_statistics(
         tl.store(masses + place, mass, mask=inside)
 
 
-@kernel(do_not_specialize=["lines", "target_mass_count", "ignore_index", "kept", "smooth"])
+@kernel(
+    do_not_specialize=[
+        "lines", "target_mass_count", "ignore_index", "kept", "smooth", "softcap", "z_loss"
+    ]
+)  # fmt: skip
 def softmax_rows(
     input, target, probability, weight, weight_sum, tops, totals, masses, lines, target_masses,
     target_mass_count, divisor, grad_output, losses, partials, grad, t_grad, rows, span,
-    ignore_index, x, t, g, kept, smooth,
+    ignore_index, x, t, g, kept, smooth, softcap, z_loss,
     COMPUTE: tl.constexpr, SMOOTH: tl.constexpr, GIVEN: tl.constexpr, READY: tl.constexpr,
     PER_ROW: tl.constexpr, FLAT: tl.constexpr, UNIT: tl.constexpr, G_UNIT: tl.constexpr,
     WIDE: tl.constexpr, SINGLE: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
@@ -159,6 +196,10 @@ def softmax_rows(
     SINGLE: COLUMNS holds a whole row, which is read once and stays in registers.
     """
     kept, smooth = as_number(kept, COMPUTE), as_number(smooth, COMPUTE)
+    if softcap is not None:
+        softcap = as_number(softcap, COMPUTE)
+    if z_loss is not None:
+        z_loss = as_number(z_loss, COMPUTE)
     if READY:
         if tl.load(grad_output) == 1.0:
             return
@@ -190,6 +231,8 @@ def softmax_rows(
         mask = inside[:, None] & (column < end)[None, :]
         places = tile(input, starts, column, x, UNIT)
         value = tl.load(places, mask=mask, other=-float("inf")).to(COMPUTE)
+        if softcap is not None:
+            value = tl.where(mask, capped(value, softcap), -float("inf"))
         if probability is not None:
             soft = tl.sum(
                 soft_target(
@@ -212,7 +255,7 @@ def softmax_rows(
         else:
             top, total, mass = statistics(
                 input, probability, weight, starts, t_starts, inside, begin, end, x, t, kept,
-                smooth, COMPUTE, SMOOTH, UNIT, ROWS, COLUMNS, STAGES, LOWEST,
+                smooth, softcap, COMPUTE, SMOOTH, UNIT, ROWS, COLUMNS, STAGES, LOWEST,
             )  # fmt: skip
             if probability is not None:
                 soft = mass
@@ -236,9 +279,13 @@ def softmax_rows(
     elif divisor is not None:
         scale /= tl.cast(divisor, COMPUTE)
 
-    mass = soft
+    mass = soft  # what the softmax is multiplied by in the gradient
     if target is not None:
         mass += hard
+    if z_loss is not None:
+        log_sum = top + log_total
+        squared = z_loss * log_sum * log_sum
+        mass += 2.0 * z_loss * log_sum
 
     # The gradient, and the soft targets' part of the loss: last tiles first, which the first
     # pass has left in the cache.
@@ -249,13 +296,15 @@ def softmax_rows(
         tiles = 1 if SINGLE else tl.cdiv(end - begin, COLUMNS)
         for back in tl.range(0, tiles, num_stages=STAGES):
             if SINGLE:
-                here, valid_here, difference = column, mask, value - top[:, None]
+                here, valid_here, logits = column, mask, value
             else:
                 here = begin + (tiles - 1 - back) * COLUMNS + column
                 valid_here = inside[:, None] & (here < end)[None, :]
                 places = tile(input, starts, here, x, UNIT)
                 logits = tl.load(places, mask=valid_here, other=-float("inf")).to(COMPUTE)
-                difference = logits - top[:, None]
+                if softcap is not None:
+                    logits = tl.where(valid_here, capped(logits, softcap), -float("inf"))
+            difference = logits - top[:, None]
             if probability is not None or SMOOTH:
                 share = soft_target(
                     probability, weight, t_starts, here, valid_here, t, kept, smooth, COMPUTE,
@@ -274,6 +323,9 @@ def softmax_rows(
                     slope -= share
                 if target is not None:
                     slope -= tl.where(here[None, :] == label[:, None], hard[:, None], 0.0)
+                if softcap is not None:  # by the logit before the cap
+                    bent = quotient(logits, softcap)  # 1 where it is the cap itself
+                    slope *= (1.0 - bent) * (1.0 + bent)
                 # Of a row that does not count the gradient is 0, whatever its logits are.
                 slope = tl.where(counts[:, None], slope * scale[:, None], 0.0)
                 tl.store(tile(grad, g_starts, here, g, G_UNIT), slope, mask=valid_here)
@@ -291,8 +343,12 @@ def softmax_rows(
             else:
                 place = starts + label * x.class_stride
                 logit = tl.load(input + place, mask=inside, other=0.0).to(COMPUTE)
+            if softcap is not None:
+                logit = capped(logit, softcap)
             own = hard * (log_total - (logit - top))
             loss += tl.where(tl.program_id(1) == 0, own, 0.0)
+        if z_loss is not None:
+            loss += tl.where(tl.program_id(1) == 0, squared, 0.0)
         loss = tl.where(counts, loss, 0.0)
         if losses is not None:
             tl.store(losses + tl.program_id(1) * rows + row, loss, mask=inside)
