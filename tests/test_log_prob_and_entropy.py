@@ -166,6 +166,9 @@ def test_which_backend() -> None:
     x, target = torch.randn(2, 50), torch.tensor([1, 2])
     (decision,) = fastopt.explain(ours.log_prob_and_entropy, x, target)
     assert decision.backend == "reference"
+    (decision,) = fastopt.explain(ours.log_prob_and_entropy, x, target, compiled=True)
+    assert decision.backend == "reference"
+    assert "torch.compile" in str(decision)
     (decision,) = fastopt.explain(ours.log_prob_and_entropy, x.repeat(2000, 1), target.repeat(2000))
     assert decision.backend == "numba"
     assert decision.request.operation == "log_prob_and_entropy"

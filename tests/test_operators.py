@@ -295,6 +295,27 @@ def test_errors(operation: str, graphs: Graphs) -> None:
         compiled(*tensors, target)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [((), {"reduction": None}), ((None, None, "mean", None, 0), {}), ((), {"weight": 3}),
+     ((), {"label_smoothing": 2.0}), ((), {"z_loss": None})],
+    ids=str,
+)  # fmt: skip
+def test_bad_arguments(given: tuple[Any, Any], graphs: Graphs) -> None:
+    """They are errors here, too, or what torch makes of them."""
+    (x, target), (more, named) = of("cross_entropy"), given
+
+    def call(*tensors: Tensor) -> Tensor:
+        return ours.cross_entropy(*tensors, *more, **named)
+
+    compiled = torch.compile(call, fullgraph=True, backend=graphs.backend)
+    with pytest.raises(Exception, match=r".") as eager:
+        call(x, target)
+    with pytest.raises(Exception, match=r".") as traced:
+        compiled(x, target)
+    assert str(eager.value).splitlines()[0].split("'")[0] in str(traced.value)
+
+
 def test_refusal(graphs: Graphs) -> None:
     """A backend that is insisted on and can't serve a call is an error here as well."""
     other = "triton" if BACKEND == "numba" else "numba"

@@ -221,6 +221,8 @@ def prepare(
     assert input is not None
     given = [t for t in tensors if t is not None]
     add_circumstances(given, special)
+    if is_traced() and not hasattr(record, "twin"):
+        special.append("torch.compile, where what torch has not is torch's operations")
     if not (isinstance(reduction, str) and reduction in reductions):
         special.append(f"reduction={reduction!r}")
     device = input.device

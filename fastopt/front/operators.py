@@ -70,7 +70,7 @@ class Operators:
             kinds = typing.get_args(parameter.annotation) or (parameter.annotation,)
             word = next((_SCHEMA[kind] for kind in _SCHEMA if kind in kinds), "")
             if Tensor in kinds:
-                word, kinds = "Tensor", (Tensor, types.NoneType)
+                word, kinds = "Tensor", (Tensor, *({types.NoneType} & set(kinds)))
             elif not word:  # a function, or torch's options
                 continue
             if parameter.kind is parameter.KEYWORD_ONLY and not star:
@@ -92,11 +92,14 @@ class Operators:
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The operator's node of a graph; torch's own function where that says what is wrong."""
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        if len(given) != len(args) + len(kwargs):  # too many of them, or one that is given twice
+            return self._torchs(*args, **kwargs)
         known = {}
         for argument, value in given.items():
-            if argument in self._kinds and isinstance(value, self._kinds[argument]):
+            kinds = self._kinds.get(argument, ())
+            if isinstance(value, kinds):
                 known[argument] = value
-            elif value is not None:
+            elif kinds or value is not None:
                 return self._torchs(*args, **kwargs)
         result: Tensor = self._operator(**known, backend=dispatch.insisted_while_tracing())
         return result
