@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as theirs
-from run import machine, peak_memory
+from run import CPU, machine
 from timer import in_context, median, one_by_one
 from torch import Tensor
+from training import peak_memory
 
 import fastopt
 import fastopt.nn.functional as ours
@@ -60,7 +61,7 @@ class Row:
         mine, lines = median(times[FASTOPT]), [self.name]
         for way, call in self.ways.items():
             took = median(times[way])
-            peak = peak_memory(lambda _, call=call: bool(call()) * 0.0)
+            peak = peak_memory(CPU, call)
             words = "?" if peak is None else f"{peak / 1e6:.0f}"
             lines.append(f"  {way:40s} {took * 1e3:9.2f} ms {took / mine:7.2f} x {words:>6s} MB")
         return "\n".join(lines)

@@ -33,33 +33,18 @@ from steps import STEPS
 from steps import measure as measure_step
 from timer import Timed, in_context, interleaved, median, one_by_one, spread, timed
 from tqdm import tqdm
+from training import peak_memory
 
 import fastopt
 
 COPY = "a copy"
-_STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+CPU = torch.device("cpu")
 
 
 def copy_of(size: int) -> Callable[[], object]:
     """Torch's own copy, which moves so many bytes, half of them read."""
     source, target = (torch.ones(size // 2, dtype=torch.uint8) for _ in range(2))
     return lambda: target.copy_(source)
-
-
-def peak_memory(run: Timed) -> int | None:
-    """Bytes that a call needs beyond what there was before; None where that can't be seen."""
-    try:
-        _REFERENCES.write_text("5")  # the peak begins anew
-        before = _resident("VmRSS")
-        run(1)
-        return max(_resident("VmHWM") - before, 0)
-    except OSError:
-        return None
-
-
-def _resident(key: str) -> int:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
 
 
 def measure(row: Row, seconds: float, full: bool, loop: bool) -> dict[str, Any]:
@@ -86,7 +71,7 @@ def measure(row: Row, seconds: float, full: bool, loop: bool) -> dict[str, Any]:
         contenders[COPY] = clock(copy_of(row.floor))
     times = (interleaved if loop else one_by_one)(contenders, seconds)
     here = {n: r for n, r in contenders.items() if not isinstance(r, Elsewhere) and n != COPY}
-    memory = {name: peak_memory(run) for name, run in here.items()}
+    memory = {name: peak_memory(CPU, lambda run=run: run(1)) for name, run in here.items()}
     for run in contenders.values():
         if isinstance(run, Elsewhere):
             run.close()

@@ -21,7 +21,7 @@ from contenders import FASTOPT, TORCH
 from text import VOCABULARY
 from timer import Seconds, interleaved, median, spread, timed
 from torch import Tensor, nn
-from train import BATCH, CONTEXT, LEARNING_RATES, LanguageModel, Stopwatch
+from training import BATCH, CONTEXT, LEARNING_RATES, LanguageModel, Stopwatch
 
 import fastopt
 
@@ -136,17 +136,23 @@ def convolutions() -> nn.Sequential:
     )  # fmt: skip
 
 
+def with_head() -> nn.Module:
+    """The demo's model, logits and all."""
+    model = LanguageModel()
+    return nn.Sequential(model, model.head)
+
+
 def language_model() -> Made:
     """Each token's label is the one after it, all in one row."""
     tokens = torch.randint(VOCABULARY, (BATCH, CONTEXT + 1))
-    return LanguageModel(), tokens[:, :-1], tokens[:, 1:].flatten()
+    return with_head(), tokens[:, :-1], tokens[:, 1:].flatten()
 
 
 def prompted() -> Made:
     """Each token's label is the token itself, but for prompts of random length: it is ignored."""
     tokens = torch.randint(VOCABULARY, (BATCH, CONTEXT))
     prompt = torch.arange(CONTEXT) < torch.randint(CONTEXT // 2, (BATCH, 1))
-    return LanguageModel(), tokens, tokens.masked_fill(prompt, IGNORED)
+    return with_head(), tokens, tokens.masked_fill(prompt, IGNORED)
 
 
 def shifted_logits(module: Any) -> Loss:

@@ -266,11 +266,13 @@ def test_inductor(mode: str) -> None:
 
 
 @INDUCTOR
-def test_graphs_are_cached() -> None:
-    """By torch, on disk, kernels and all."""
+def test_graphs_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch, on disk, kernels and all; one that another fastopt has made is another one."""
     x, target = of("cross_entropy")
+    operators = inspect.getclosurevars(ours.cross_entropy).nonlocals["operators"]
     with fresh_cache(), fastopt.use_backend(BACKEND):
-        for hits in (0, 1):
+        for hits, maker in ((0, operators.made_by), (1, operators.made_by), (0, "another")):
+            monkeypatch.setattr(operators, "made_by", maker)
             torch._dynamo.reset()
             counters.clear()
             compiled = torch.compile(lambda *t: ours.cross_entropy(*t), fullgraph=True)

@@ -16,6 +16,7 @@ import dataclasses
 import inspect
 import types
 import typing
+import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import __version__, dispatch
 from ..kernels import reference
 from ..kernels.operation import Elementwise, LinearSoftmax, Operation, Options, Rowwise
 from .autograd import reference_grads
@@ -81,10 +82,12 @@ class Operators:
             default = f"={parameter.default!r}".replace("'mean'", '"mean"') if given else ""
             arguments.append(f"{word}{optional} {parameter.name}{default}")
             self._kinds[parameter.name] = (*kinds, int) if float in kinds else kinds
-        arguments += [*([] if star else ["*"]), "str? backend=None"]
+        arguments += [*([] if star else ["*"]), 'str? backend=None, str made_by=""']
         self._library.define(f"{name}({', '.join(arguments)}) -> Tensor")
         self._library.impl(name, self._composed, "CompositeImplicitAutograd")
-        self._define_kernels()
+        known = f"{self._define_kernels()} {operation.compiled_crossover}"
+        # Torch keeps compiled graphs on disk. Those of another fastopt have another call in them.
+        self.made_by = f"{__version__}-{zlib.crc32(known.encode()):08x}"
         self._operator = getattr(torch.ops.fastopt, name)
 
     # -- in a program that is being traced -------------------------------------------------
@@ -101,10 +104,13 @@ class Operators:
                 known[argument] = value
             elif kinds or value is not None:
                 return self._torchs(*args, **kwargs)
-        result: Tensor = self._operator(**known, backend=dispatch.insisted_while_tracing())
+        insisted = dispatch.insisted_while_tracing()
+        result: Tensor = self._operator(**known, backend=insisted, made_by=self.made_by)
         return result
 
-    def _composed(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Tensor:
+    def _composed(
+        self, *args: Any, backend: str | None = None, made_by: str = "", **kwargs: Any
+    ) -> Tensor:
         with nullcontext() if backend is None else dispatch.use_backend(backend):
             if not any(isinstance(a, TRACED) for a in (*args, *kwargs.values())):
                 return self._function(*args, **kwargs)
@@ -126,8 +132,11 @@ class Operators:
 
     # -- the kernels ---------------------------------------------------------------------
 
-    def _define_kernels(self) -> None:
-        """The operators that run them: operands, the record's fields, what a call is besides."""
+    def _define_kernels(self) -> str:
+        """The operators that run them: operands, the record's fields, what a call is besides.
+
+        Returns their arguments.
+        """
         kind: Any = self._operation
         fields = [f.name for f in dataclasses.fields(kind)]
         types_of = {**dict.fromkeys(kind.numbers, "float"), **dict.fromkeys(kind.flags, "int")}
@@ -149,6 +158,7 @@ class Operators:
         self._library._register_fake(backward, self._fake_backward)
         self.forward = getattr(torch.ops.fastopt, forward).default
         self.backward = getattr(torch.ops.fastopt, backward).default
+        return arguments
 
     def _call_of(self, values: tuple[Any, ...]) -> tuple[Tensors, Options, Any, tuple[bool, ...]]:
         """What an operator's arguments say."""

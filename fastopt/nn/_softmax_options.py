@@ -47,8 +47,9 @@ def definition(
 ) -> Tensor:
     """Torch's function; with the options, the definition in torch's operations."""
     check(z_loss, softcap)
-    numbers = isinstance(input, Tensor) and input.is_floating_point()
-    if (z_loss == 0 and softcap is None) or not numbers:  # of others torch says what is wrong
+    usual = z_loss == 0 and softcap is None
+    # Of what isn't numbers torch says what is wrong.
+    if usual or not (isinstance(input, Tensor) and input.is_floating_point()):
         return _torchs(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )

@@ -40,6 +40,7 @@ class CrossEntropy(Softmax):
     softcap: float | None = None
     variants = ({}, {"label_smoothing": 0.1})
     crossover = 262_144
+    compiled_crossover = 4_194_304
     # What is shorter than a vector torch computes number by number, a few vectors it does well.
     row_crossover = {
         2: ((31, 262_144), (128, 2_097_152)),

@@ -41,6 +41,7 @@ class LinearCrossEntropy(LinearSoftmax):
     z_loss: float = 0.0
     softcap: float | None = None
     crossover = 131_072  # logits
+    compiled_crossover = 4_194_304
     arranged = True
     variants = ({}, {"label_smoothing": 0.1})
 

@@ -25,6 +25,7 @@ class MultiMargin(Rowwise):
     same_dtypes = True
     halves_on_cpu = False
     crossover = 65_536
+    compiled_crossover = 262_144
 
     def refuse(h) -> str | None:
         return None if h.p in (1, 2) else f"p={h.p}"

@@ -36,6 +36,9 @@ from .vector_math import cast
 # Elements summed in the compute dtype before the sum moves to float64. Chunks are the
 # same for any number of threads, and so is the result, to the bit.
 CHUNK = 512
+# Elements of a call of the loop: what comes before the first one of a call takes as long as a
+# hundred of them.
+GROUP = 16 * CHUNK
 # Elements a thread, below which a second one does not pay: some 50 to 100 µs of work (12 to 16
 # bytes an element, from memory). A region waits for the last of its threads, and where another
 # process has that one's core, for milliseconds.
@@ -104,7 +107,7 @@ def _schedule(
     fixed = tuple(step[2] == 0 for step in place.steps)
     kind: Any = type(record)
     loop = _loop(kind, record.settings, operands, fixed, grads, values, upstream, loss)
-    group = max(1, CHUNK // max(place.inner, 1))
+    group = GROUP // min(max(place.inner, 1), CHUNK)
     chunks = -(-place.places // max(place.inner, 1)) * -(-place.inner // CHUNK)
     addresses = numbers.ctypes.data, steps.ctypes.data
     return _Schedule(loop, *addresses, chunks, group, 8 * -(-chunks // group), (numbers, steps))
