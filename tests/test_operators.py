@@ -318,6 +318,17 @@ def test_bad_arguments(given: tuple[Any, Any], graphs: Graphs) -> None:
     assert str(eager.value).splitlines()[0].split("'")[0] in str(traced.value)
 
 
+def test_warning(graphs: Graphs) -> None:
+    """Torch's, of sizes, while the graph is traced."""
+    compiled = torch.compile(lambda *t: ours.mse_loss(*t), fullgraph=True, backend=graphs.backend)
+    x, y = of("mse_loss")
+    warned = pytest.warns(UserWarning, match="Using a target size")
+    with fastopt.use_backend(BACKEND), warned:
+        found = compiled(x, y[:1])
+    torch.testing.assert_close(found, (x - y[:1]).square().mean())
+    assert graphs.operators == {"mse_loss_forward": 1}
+
+
 def test_refusal(graphs: Graphs) -> None:
     """A backend that is insisted on and can't serve a call is an error here as well."""
     other = "triton" if BACKEND == "numba" else "numba"

@@ -16,6 +16,7 @@ import dataclasses
 import inspect
 import types
 import typing
+import warnings
 import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -119,6 +120,8 @@ class Operators:
             chosen = None if call is None else dispatch.choose(call.request).backend
         if chosen in (None, "reference"):
             return self._torchs(*args, **kwargs)
+        if call.warning is not None:
+            warnings.warn(call.warning, stacklevel=2)
         tensors = call.tensors
         if issubclass(self._operation, LinearSoftmax):
             tensors = call.options.record.arrange(*tensors)
