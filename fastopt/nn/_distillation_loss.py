@@ -34,7 +34,6 @@ class _Distillation(Divergence):
     """The base of the three, which besides have a `definition` in torch's operations."""
 
     _abstract = True
-    # Not measured: that of log_prob_and_entropy, whose definition reads one tensor, not two.
     crossover = 131_072
 
     def definition(self, log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class LinearCrossEntropy(LinearSoftmax):
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     softcap: float | None = None
-    crossover = 131_072  # logits
+    crossover = 1_048_576  # logits
     compiled_crossover = 4_194_304
     arranged = True
     variants = ({}, {"label_smoothing": 0.1})

@@ -138,7 +138,9 @@ def accuracy(predicted: Any) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("case", CONVERTED)
-def test_converted_model(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_converted_model(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_crossovers: None
+) -> None:
     """The Trainer's own training and evaluation, of a model whose loss is fastopt's."""
     options, apart = CONVERTED[case]
     model, rows = language_model(), excerpts(STEPS * BATCH)
