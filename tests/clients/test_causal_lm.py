@@ -22,7 +22,7 @@ from fastopt.nn.linear_cross_entropy import LinearCrossEntropy
 
 transformers = pytest.importorskip("transformers", reason="needs the package transformers")
 
-BATCH, LENGTH, WIDTH = 4, 33, 64
+BATCH, LENGTH, WIDTH = 8, 33, 64
 assert LinearCrossEntropy.crossover < BATCH * LENGTH * VOCABULARY
 
 
