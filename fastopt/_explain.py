@@ -37,7 +37,6 @@ def explain(subject: Any, /, *args: Any, compiled: bool = False, **kwargs: Any) 
             a fastopt optimizer. Parameters that have no gradient yet count as if they had
             one of their own dtype and layout. Or a fastopt AveragedModel, followed by the model
             that ``update_parameters`` is given.
-
         compiled: of a loss, how it would run inside of what torch.compile compiles.
 
     Returns:

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -26,7 +27,9 @@ from torch.testing._internal.common_methods_invocations import op_db
 
 import fastopt
 import fastopt.nn.functional as ours
+from fastopt.front.analysis import expected_size
 from fastopt.front.call import RECORDS
+from fastopt.front.circumstances import traced
 from fastopt.front.torch_only import TorchOnly
 
 pytestmark = [
@@ -330,13 +333,20 @@ def test_warning(graphs: Graphs) -> None:
     assert graphs.operators == {"mse_loss_forward": 1}
 
 
+@pytest.mark.skipif(BACKEND != "numba", reason="refused for want of a GPU or the interpreter")
 def test_refusal(graphs: Graphs) -> None:
     """A backend that is insisted on and can't serve a call is an error here as well."""
-    other = "triton" if BACKEND == "numba" else "numba"
     compiled = torch.compile(lambda *t: ours.mse_loss(*t), fullgraph=True, backend=graphs.backend)
-    if other == "triton" and DEVICE == "cpu":
-        with fastopt.use_backend(other), pytest.raises(Exception, match="triton"):
-            compiled(*of("mse_loss"))
+    with fastopt.use_backend("triton"), pytest.raises(Exception, match="triton"):
+        compiled(*of("mse_loss"))
+
+
+@pytest.mark.parametrize(("operation", "compiled"), [("mse_loss", False), ("cross_entropy", True)])
+def test_a_size_that_nobody_knows(operation: str, compiled: bool) -> None:
+    """It is large, but a kernel that never pays doesn't pay."""
+    nobody_knows = SimpleNamespace(node=SimpleNamespace(hint=None))
+    with traced():
+        assert (expected_size(nobody_knows) >= RECORDS[operation].compiled_crossover) == compiled
 
 
 @AUTOMATIC

@@ -184,11 +184,14 @@ def _result_dtype(given: list[Tensor]) -> torch.dtype:
 
 
 def expected_size(size: Any) -> Any:
-    """How large what is a symbol in a graph was when it was traced; NEVER where nobody knows."""
+    """How large what is a symbol in a graph was when it was traced; where nobody knows, large.
+
+    But not as large as NEVER: of a loss whose crossover that is, no size is for a kernel.
+    """
     if type(size) is int or not is_traced():
         return size
     hint = size.node.hint
-    return NEVER if hint is None else int(hint)
+    return NEVER - 1 if hint is None else int(hint)
 
 
 def prepare(

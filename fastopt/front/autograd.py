@@ -132,14 +132,14 @@ class _FusedLoss(torch.autograd.Function):
         if grad_output.is_neg():
             grad_output = grad_output.resolve_neg()
         if torch.is_grad_enabled() or _is_followed(grad_output):  # create_graph and the like
-            tensors, _ = _saved(ctx)
+            tensors, _ = saved(ctx)
             grads = reference_grads(ctx.options, tensors, grad_output, needs)
         else:
             number = ctx.backend.number_of(grad_output)
             if number is not None:
                 ctx.expected.note(number)
             if grads is None or number != ctx.options.grad_output:
-                tensors, kept = _saved(ctx)
+                tensors, kept = saved(ctx)
                 for t in tensors:
                     if t is not None and is_released(t):
                         raise released_error("a tensor that a loss has been computed from", t)
@@ -152,7 +152,7 @@ class _FusedLoss(torch.autograd.Function):
 _apply: Any = super(torch.autograd.Function, _FusedLoss).apply
 
 
-def _saved(ctx: Any) -> tuple[Tensors, Tensors]:
+def saved(ctx: Any) -> tuple[Tensors, Tensors]:
     """The call's tensors, and what forward kept beside them."""
     found = iter(ctx.saved_tensors)  # once: activation checkpointing unpacks a tensor once
     every = tuple([next(found) if given else None for given in ctx.given])

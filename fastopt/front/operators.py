@@ -28,7 +28,7 @@ from torch import Tensor
 from .. import __version__, dispatch
 from ..kernels import reference
 from ..kernels.operation import Elementwise, LinearSoftmax, Operation, Options, Rowwise
-from .autograd import reference_grads
+from .autograd import reference_grads, saved
 from .circumstances import TRACED, traced
 
 __all__ = ["Operators"]
@@ -257,8 +257,9 @@ class _Traced(torch.autograd.Function):
         ctx.operators, ctx.options, ctx.needs = operators, options, needs
         ctx.rest = _rest(options, backend, needs)
         loss, grads = operators.forward(*tensors, *ctx.rest)
-        ctx.given = tuple([t is not None for t in tensors])
-        ctx.save_for_backward(*[t for t in tensors if t is not None], *grads)
+        left = (*tensors, *grads)
+        ctx.given = tuple([t is not None for t in left])
+        ctx.save_for_backward(*[t for t in left if t is not None])
         ctx.set_materialize_grads(False)
         result: Tensor = loss
         return result
@@ -268,9 +269,8 @@ class _Traced(torch.autograd.Function):
         (grad_output,) = grad_outputs
         if grad_output is None:
             return (None,) * (3 + len(ctx.needs))
-        found = iter(ctx.saved_tensors)
-        tensors = tuple([next(found) if given else None for given in ctx.given])
+        tensors, left = saved(ctx)
         if torch.is_grad_enabled():  # create_graph
             return None, None, None, *reference_grads(ctx.options, tensors, grad_output, ctx.needs)
-        grads = iter(ctx.operators.backward(grad_output, list(found), *tensors, *ctx.rest))
+        grads = iter(ctx.operators.backward(grad_output, list(left), *tensors, *ctx.rest))
         return None, None, None, *[next(grads) if need else None for need in ctx.needs]
