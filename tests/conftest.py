@@ -75,6 +75,12 @@ def seed(request: pytest.FixtureRequest) -> int:
     return number
 
 
+@pytest.fixture(autouse=True)
+def unsettled() -> None:
+    """What a test's calls have settled, and their backward passes have taught, ends with it."""
+    RouteCache.forget()
+
+
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Uninitialised memory is NaN: an element left unwritten shows."""
