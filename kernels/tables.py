@@ -61,6 +61,8 @@ class Tables(NamedTuple):
             a kernel has to count.
         rule: where parameters have averages the numbers of their rule in a step, tensors where
             only the device knows.
+        streams: int64, of each tensor the words that its random numbers are drawn by
+            (kernels/rounding.py), the first in the lower half; None where none are drawn.
     """
 
     device: torch.device
@@ -71,6 +73,7 @@ class Tables(NamedTuple):
     addresses: np.ndarray
     counted_on_device: bool
     rule: list[float | torch.Tensor] | None = None
+    streams: np.ndarray | None = None
 
 
 #: Update every tensor of a bucket: (grad_scale, found_inf) as a GradScaler leaves them.

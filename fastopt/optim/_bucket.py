@@ -14,7 +14,8 @@ from torch import Tensor
 from ..kernels.tables import Tables, Traced
 from ._kinds import Kind
 from ._proof import increment_versions
-from ._shards import cuts, local, locals_of
+from ._rounding import draws, stream
+from ._shards import cuts, local, locals_of, shard_of
 from ._sort import Share
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def param_at(optimizer: PlannedStep, place: int) -> Tensor:
 
 def active(optimizer: PlannedStep, kind: Kind) -> list[str]:
     """The states made of elements that a kind of parameters has."""
-    slots = zip(optimizer._slots, kind.slots, strict=True)
+    slots = zip(optimizer._state_names, kind.slots, strict=True)
     return [name for name, dtype in slots if dtype is not None]
 
 
@@ -92,7 +93,7 @@ class Bucket:
         self._cuts: list[Any] | None = None
         count = len(params)
         # Lines of addresses, behind the parameters'.
-        order = [*optimizer._slots, *self._averaged, *optimizer._scalars, "grad", "step"]
+        order = [*optimizer._state_names, *self._averaged, *optimizer._scalars, "grad", "step"]
         self._sizes = np.array(list(map(Tensor.numel, params)), np.int64)
         self._tables = Tables(
             device=self._kind.device,
@@ -103,7 +104,11 @@ class Bucket:
             addresses=np.zeros((len(order) + 1, count), np.int64),
             counted_on_device=self._kind.counted_on_device,
             rule=[] if self._averaged else None,
+            streams=np.zeros(count, np.int64) if draws(optimizer, self._kind) else None,
         )
+        self._seeds: list[int] = []
+        self._groups = [m.group for m in members]
+        self._shards = [shard_of(m.param) for m in members]
         lines = [0, *(order.index(name) + 1 for name in (*self._averaged, *self.names))]
         entries = np.arange(self._tables.addresses.size).reshape(self._tables.addresses.shape)
         cells = self._tables.addresses.ctypes.data + 8 * entries
@@ -156,6 +161,8 @@ class Bucket:
 
     def set_hypers(self, optimizer: PlannedStep) -> None:
         """Write the groups' hyperparameters into the launch's table."""
+        if self._tables.streams is not None:
+            self._set_streams([optimizer.param_groups[g]["seed"] for g in self._groups])
         table, traced, device = self._tables.hypers, self._tables.traced, self._tables.device
         traced.clear()
         for row, (place, begins, owner) in enumerate(self._rows):
@@ -170,6 +177,14 @@ class Bucket:
                     traced.append(Traced(row, field, value))  # to read it would make the host wait
                     value = float("nan")  # so that a number that comes later is one that's new
                 table[row, field] = value.item() if isinstance(value, Tensor) else value
+
+    def _set_streams(self, seeds: list[int]) -> None:
+        """Write down what the parameters' random numbers are drawn by."""
+        if seeds != self._seeds:
+            self._tables.streams[:] = [  # type: ignore[index]
+                stream(*where) for where in zip(seeds, self.places, self._shards, strict=True)
+            ]
+            self._seeds = seeds
 
     def forget_states(self, optimizer: PlannedStep, params: list[Tensor]) -> None:
         """Undo the beginning of states whose first step, with its own rule, didn't happen."""

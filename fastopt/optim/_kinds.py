@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ..kernels.layout import is_dense, is_released, released_error, same_layout
+from ._rounding import check_seed
 from ._shards import is_dtensor, local
 from ._shards import specials as shard_specials
 
@@ -78,6 +79,8 @@ def group_specials(optimizer: PlannedStep, group: dict[str, Any]) -> tuple[str, 
     if not defaults.keys() <= group.keys():
         return tuple(f"no {name!r} in its group" for name in defaults if name not in group)
     special = ["differentiable=True"] if group.get("differentiable") else []
+    if optimizer._draws:
+        check_seed(group.get("seed"))
     for name, count in numbers:
         value = group[name]
         if not count:
@@ -150,7 +153,7 @@ def kind_of(
     special = [*around, *group_special]
     if is_lazy(param):  # of which torch lets nothing be asked
         special.append(f"a parameter of type {type(param).__name__}, whose size isn't known yet")
-        slots = (None,) * len(optimizer._slots)
+        slots = (None,) * len(optimizer._state_names)
         return Kind(_CPU, False, param.dtype, param.dtype, slots, None, (), False, tuple(special))
     state = optimizer.state.get(param, {})
     there, grad = param.grad is not None, param if param.grad is None else param.grad
@@ -170,12 +173,12 @@ def kind_of(
         names = (*active, *optimizer._scalars, "step")
         special += [f"no state {name!r}, which torch has" for name in names if name not in state]
     dtypes: list[torch.dtype | None] = []
-    for name in optimizer._slots:
+    for name in optimizer._state_names:
         value, dtype = state.get(name), None
         if name not in active:
             pass
         elif value is None and not (name in state and optimizer._counts_steps):
-            dtype = param.dtype
+            dtype = optimizer._dtype_of(name, param)
         elif not isinstance(value, Tensor) or type(local(value)) is not Tensor:
             special.append(f"state {name!r} of type {type(value).__name__}")
         elif value.is_inference():
@@ -193,7 +196,7 @@ def kind_of(
         dtypes.append(dtype)
     step, on_device = None, False
     scalars: list[torch.dtype] = []
-    if optimizer._counts_steps:
+    if optimizer._counts:
         step, where = default_counter(optimizer, param, group)
         counter = state.get("step")
         if counter is not None:
@@ -227,6 +230,8 @@ def kind_of(
 
 def _keeps_counter(optimizer: PlannedStep, group: dict[str, Any]) -> bool:
     """Whether torch keeps a parameter's step counter on the parameter's device."""
+    if not optimizer._counts_steps:  # where its own has none, one that the host need not wait for
+        return True
     return bool(optimizer._counts_there or group.get("fused") or group.get("capturable"))
 
 

@@ -96,7 +96,7 @@ class StepPlan:
                 (picker(bucket.places, len(params)), picker(states, len(keys)), pick_joined)
             )
         self._proof = self._begin_proof(optimizer, params, [s.kind for s, _ in compiled], turn)
-        self._options = itemgetter(*option_names(optimizer._twin))
+        self._options = itemgetter(*option_names(optimizer._twin), *(["seed"] if optimizer._draws else []))
         self._flags = list(map(optimizer._flags, optimizer.param_groups))
         self._set_hypers(optimizer)
 
@@ -345,6 +345,6 @@ def _create_states(optimizer: PlannedStep, planned: list[Share]) -> set[int]:
             if share.decision.backend != "reference":
                 if optimizer._create_state(param, group, active(optimizer, share.kind)):
                     begun.add(id(param))
-            elif optimizer._counts_steps or active(optimizer, share.kind):
+            elif optimizer._counts or active(optimizer, share.kind):
                 optimizer.state[param]  # an empty dict in its place, for torch to fill
     return begun

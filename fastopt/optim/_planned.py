@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, overload
@@ -21,6 +22,15 @@ from ._hooks import with_hooks
 from ._kinds import Kind, default_counter, fits_torchs_fused, group_specials
 from ._plan import all_params
 from ._planner import Planner
+from ._rounded_step import rounded_step
+from ._rounding import (
+    HALVES,
+    check_group,
+    check_seed,
+    load_states,
+    slot_rounding,
+    with_rounding,
+)
 from ._seams import circumstances, torchs_parts
 from ._sort import size_of, sort
 
@@ -53,6 +63,8 @@ class PlannedStep(Optimizer):
     #: keys of the states that are one number each, beside "step"
     _scalars: ClassVar[tuple[str, ...]]
     _counts_steps: ClassVar[bool] = True
+    #: whether each element is updated by itself, so that it may be stored in other ways
+    _elementwise: ClassVar[bool] = True
     #: whether torch counts on the parameters' device, whatever the options
     _counts_there: ClassVar[bool] = False
     #: hyperparameters that the kernels take from [0, 1) only
@@ -79,6 +91,10 @@ class PlannedStep(Optimizer):
     max_grad_norm: float | None = None
     #: their norm before that, in the last step that had a max_grad_norm: a 0-d tensor
     grad_norm: Tensor | None = None
+    #: the dtype of the states, rounded at random; None for the parameters' own. Not to be changed.
+    state_dtype: torch.dtype | None = None
+    #: how parameters of 16 bits are stored: None, "stochastic" or "kahan". Not to be changed.
+    rounding: str | None = None
     #: the averages that follow the steps
     _followers: tuple[Follower, ...] = ()
 
@@ -87,8 +103,30 @@ class PlannedStep(Optimizer):
         if "_operation" in vars(cls):
             cls._slots, cls._scalars = cls._record.slots, cls._record.scalars
             cls.__init__ = with_limit(cls.__init__)  # type: ignore[method-assign]
+            if cls._elementwise:
+                cls.__init__ = with_rounding(cls.__init__)  # type: ignore[method-assign]
             _, cls._twin = cls.__bases__
             torchs_parts(cls._twin)  # now, before anyone can have replaced some
+
+    @property
+    def _is_rounded(self) -> bool:
+        """Whether states or parameters are stored otherwise than torch's code would."""
+        return self.state_dtype is not None or self.rounding is not None
+
+    @property
+    def _draws(self) -> bool:
+        """Whether random numbers are drawn, by the steps' counters."""
+        return self.state_dtype is not None or self.rounding == "stochastic"
+
+    @property
+    def _counts(self) -> bool:
+        """Whether there are counters of steps: torch's, or those that random numbers need."""
+        return self._counts_steps or self._draws
+
+    @property
+    def _state_names(self) -> tuple[str, ...]:
+        """Keys of all states that a launch may have, in their order."""
+        return (*self._slots, "compensation") if self.rounding == "kahan" else self._slots
 
     def _active(self, group: Group) -> tuple[str, ...]:
         """The slots that this group's configuration uses: all, where a subclass says nothing."""
@@ -96,7 +134,15 @@ class PlannedStep(Optimizer):
 
     def _active_of(self, group: Group, param: Tensor) -> tuple[str, ...]:
         """Of these, those that a parameter has: all, where a subclass says nothing."""
+        if self.rounding == "kahan" and param.dtype in HALVES:
+            return (*self._active(group), "compensation")
         return self._active(group)
+
+    def _dtype_of(self, name: str, param: Tensor) -> torch.dtype:
+        """The dtype of a state that begins."""
+        if self.state_dtype is None or name == "compensation":
+            return param.dtype
+        return self.state_dtype
 
     def _hyper(self, group: Group, begins: bool) -> Update:
         """A group's hyperparameters as a record; begins: at the first step of a state.
@@ -125,10 +171,10 @@ class PlannedStep(Optimizer):
 
     def _create_state(self, param: Tensor, group: Group, names: Iterable[str]) -> bool:
         """Add missing states to a parameter, as torch lays them out; whether any was missing."""
-        if not names and not self._counts_steps:
+        if not names and not self._counts:
             return False
         state = self.state[param]
-        if self._counts_steps and "step" not in state:
+        if self._counts and "step" not in state:
             dtype, device = default_counter(self, param, group)
             state["step"] = torch.zeros((), dtype=dtype, device=device)
             for name in self._scalars:
@@ -136,7 +182,7 @@ class PlannedStep(Optimizer):
                 state[name] = torch.full((), number, dtype=dtype, device=device)
         missing = [name for name in names if state.get(name) is None]
         for name in missing:
-            state[name] = self._begin(name, param, group)
+            state[name] = self._begin(name, param, group).to(self._dtype_of(name, param))
         return bool(missing) and not self._counts_steps
 
     def _refuse(self, group: Group) -> str | None:
@@ -156,8 +202,9 @@ class PlannedStep(Optimizer):
         """
         slots = kind.param, *kind.slots
         launcher: Callable[[Tables], Any] = backend.step_launcher(
-            self._record, slots, kind.scalars, kind.grad, kind.step, averaged
-        )
+            self._record, slots, kind.scalars, kind.grad, kind.step, averaged,
+            slot_rounding(self, kind.param, kind.slots),
+        )  # fmt: skip
         return launcher
 
     def _begin(self, name: str, param: Tensor, group: Group) -> Tensor:
@@ -212,6 +259,11 @@ class PlannedStep(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling():
+            if self._is_rounded:
+                raise RuntimeError(
+                    f"state_dtype={self.state_dtype}, rounding={self.rounding!r} inside "
+                    "torch.compile (supported: a step outside of what is compiled)"
+                )
             if self.max_grad_norm is not None:
                 limit = self.max_grad_norm
                 self.grad_norm = torch.nn.utils.clip_grad_norm_(all_params(self), limit)
@@ -219,7 +271,7 @@ class PlannedStep(Optimizer):
             average_after(self, None)
             return loss
         is_torchs = dispatch.insisted() in (None, "reference") and circumstances(self)
-        if is_torchs and self.max_grad_norm is None:
+        if is_torchs and self.max_grad_norm is None and not self._is_rounded:
             self._torch_step()
             average_after(self, getattr(self, "found_inf", None))
             return loss
@@ -277,7 +329,33 @@ class PlannedStep(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         limit = {} if self.max_grad_norm is None else {"max_grad_norm": self.max_grad_norm}
-        return {**super().__getstate__(), **limit}
+        names = [n for n in ("state_dtype", "rounding") if getattr(self, n) is not None]
+        return {**super().__getstate__(), **limit, **{n: getattr(self, n) for n in names}}
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters, as torch does; one that the options don't go with is refused.
+
+        Raises:
+            ValueError: rounding is given and the group has no parameter of 16 bits, or a seed that
+                is none; the group isn't added.
+        """
+        super().add_param_group(param_group)
+        if self._is_rounded:
+            try:
+                check_group(self, len(self.param_groups) - 1)
+                if self._draws:
+                    check_seed(param_group["seed"])
+            except ValueError:
+                self.param_groups.pop()
+                raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint, as torch does. States are then of the dtype that they have here.
+
+        state_dtype and rounding are this optimizer's own; the seed is the checkpoint's, if it has
+        one.
+        """
+        load_states(self, functools.partial(super().load_state_dict, state_dict))
 
     @contextmanager
     def _unscaled(self, params: list[Tensor], grad_scale: Tensor | None) -> Iterator[None]:
@@ -303,6 +381,9 @@ class PlannedStep(Optimizer):
         For parameters with gaps it is not the fused one, which takes all for contiguous and
         would write what lies between.
         """
+        if self._is_rounded:
+            rounded_step(self, params)
+            return
         step = super().step.__func__  # type: ignore[attr-defined]
         if getattr(step, "hooked", False):  # its hooks run around our own step already
             step = step.__wrapped__

@@ -36,6 +36,18 @@ def cut(tensor: Any) -> Any:
     return (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else None
 
 
+def shard_of(tensor: Any) -> int:
+    """Which of a DTensor's shards this process holds, alike on all that hold it; else 0."""
+    if not is_dtensor(tensor):
+        return 0
+    mesh, shard = tensor.device_mesh, 0
+    coordinates = mesh.get_coordinate() or (0,) * mesh.ndim  # None outside of the mesh
+    for axis, (placement, place) in enumerate(zip(tensor.placements, coordinates, strict=True)):
+        if placement.is_shard():
+            shard = shard * mesh.size(axis) + place
+    return shard
+
+
 def specials(name: str, tensor: Any, param: Any) -> list[str]:
     """Why an update can't go shard by shard: of a parameter, its gradient or a state."""
     if cut(tensor) != cut(param):

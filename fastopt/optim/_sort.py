@@ -160,7 +160,7 @@ def _merge(by_kind: dict[Kind, list[Member]], reason: str) -> dict[Kind, list[Me
 def has_states(optimizer: PlannedStep, group: dict[str, Any], param: Tensor) -> bool:
     """Whether all states of a parameter exist that its group's configuration uses."""
     names = [*optimizer._active_of(group, param), *optimizer._scalars]
-    names += ["step"] if optimizer._counts_steps else []
+    names += ["step"] if optimizer._counts else []
     state = optimizer.state.get(param, {}) if names else {}
     return all(state.get(name) is not None for name in names)
 

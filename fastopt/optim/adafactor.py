@@ -105,6 +105,7 @@ class Adafactor(PlannedStep, torch.optim.Adafactor):
     """
 
     _operation = "Adafactor"
+    _elementwise = False
     _record = AdafactorUpdate
     _sees_params = True
     _described_by = "describe_factored"

@@ -104,6 +104,7 @@ class Muon(PlannedStep, torch.optim.Muon):
     """
 
     _operation = "Muon"
+    _elementwise = False
     _record = MuonUpdate
     _counts_steps = False
     _sees_params = True

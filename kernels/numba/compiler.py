@@ -27,6 +27,7 @@ import numba
 import torch
 from numba.core import types
 
+from ..rounding import NEAREST
 from .disk_cache import Cache, _cache_directory
 from .pointer import Pointer
 
@@ -164,8 +165,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def pointer(dtype: str, slot: int, compute: str = "float32", fixed: bool = False) -> Pointer:
+def pointer(
+    dtype: str, slot: int, compute: str = "float32", fixed: bool = False, rounding: str = NEAREST
+) -> Pointer:
     """The pointer type of a tensor's elements, e.g. ``pointer("bfloat16", 0)``."""
     if dtype in ("int64", "uint8"):
         compute = "int64"
-    return Pointer(dtype, getattr(types, compute), slot, fixed)
+    return Pointer(dtype, getattr(types, compute), slot, fixed, rounding)

@@ -17,11 +17,13 @@ from numba.core import types
 from numba.extending import overload
 
 from ..operation import Update
+from ..rounding import NEAREST, STOCHASTIC
 from ..tables import Averaged, Launch, Tables
 from .compiler import DRAFT_OPTIONS, dtype_name, kernel, pointer, region
 from .pointer import at, load, prefetch, store
 from .pointers import as_stored, at_each, cast_for, load_each, store_each
 from .record import Values, at_step, completed, next_numbers, read_record, row_at, update
+from .rounding import key_at, load_whole, rounds, store_rounded
 from .team import on_threads
 from .threads import Launcher, parts_for
 from .tuples import cast_each, zeros_for
@@ -43,7 +45,7 @@ BLOCK = 1024
 
 
 @kernel
-def update_span(record: Any, slots: Any, grads: Any, begin: int, end: int) -> None:
+def update_span(record: Any, slots: Any, grads: Any, key: Any, begin: int, end: int) -> None:
     """Update elements begin to end of one tensor."""
     for i in range(begin, end):
         values = load_each(slots, i)
@@ -51,8 +53,22 @@ def update_span(record: Any, slots: Any, grads: Any, begin: int, end: int) -> No
         store_each(slots, i, new)
 
 
+@kernel
+def update_span_rounded(
+    record: Any, slots: Any, grads: Any, key: Any, begin: int, end: int
+) -> None:
+    """The same where some slots are stored otherwise than to nearest.
+
+    key: of the random numbers in this step; empty where none are drawn.
+    """
+    for i in range(begin, end):
+        values = load_whole(slots, i)
+        new = update(record, values[0], load(grads, i), *values[1:])
+        store_rounded(slots, i, key, new)
+
+
 def update_and_average(
-    record: Any, rule: Any, slots: Any, averages: Any, grads: Any, begin: int, end: int
+    record: Any, rule: Any, slots: Any, averages: Any, grads: Any, key: Any, begin: int, end: int
 ) -> None:
     """The same, and a rule's update of their average, if there is one, by the new parameter."""
     raise NotImplementedError
@@ -60,21 +76,25 @@ def update_and_average(
 
 @overload(update_and_average, strict=False, jit_options=DRAFT_OPTIONS)
 def _update_and_average(
-    record: Any, rule: Any, slots: Any, averages: Any, grads: Any, begin: int, end: int
+    record: Any, rule: Any, slots: Any, averages: Any, grads: Any, key: Any, begin: int, end: int
 ) -> Any:
+    span = update_span_rounded if rounds(slots) else update_span
+
     def alone(
-        record: Any, rule: Any, slots: Any, averages: Any, grads: Any, begin: int, end: int
-    ) -> None:
-        update_span(record, slots, grads, begin, end)
+        record: Any, rule: Any, slots: Any, averages: Any, grads: Any, key: Any,
+        begin: int, end: int,
+    ) -> None:  # fmt: skip
+        span(record, slots, grads, key, begin, end)
 
     def by_turns(
-        record: Any, rule: Any, slots: Any, averages: Any, grads: Any, begin: int, end: int
-    ) -> None:
+        record: Any, rule: Any, slots: Any, averages: Any, grads: Any, key: Any,
+        begin: int, end: int,
+    ) -> None:  # fmt: skip
         averaging = record_at(rule, 0, 1.0, (), averages[0])
         while begin < end:
             stop = min(begin + BLOCK, end)
-            update_span(record, slots, grads, begin, stop)
-            update_span(averaging, averages, slots[0], begin, stop)
+            span(record, slots, grads, key, begin, stop)
+            update_span(averaging, averages, slots[0], (), begin, stop)
             begin = stop
 
     return by_turns if len(averages) else alone
@@ -122,7 +142,7 @@ def fetch_tensors(table: Any, lines: int, tensors: int, t: int) -> None:
 @kernel
 def update_part(
     part: int, parts: int, rows: Any, row_of: Any, offsets: Any, table: Any, tensors: int,
-    slots: Any, averages: Any, scalars: Any, grads: Any, step: Any, rule: Any,
+    slots: Any, averages: Any, scalars: Any, grads: Any, step: Any, rule: Any, streams: Any,
 ) -> None:  # fmt: skip
     total = load(offsets, tensors)
     begin = part * total // parts // ALIGN * ALIGN
@@ -155,8 +175,9 @@ def update_part(
             here = at_each(slots, table, tensors, t)
             averages_here = at_each(averages, table, tensors, len(slots) * tensors + t)
             grads_here = at(grads, load(table, lines * tensors + t))
+            key = key_at(streams, t, count)
             update_and_average(
-                record, rule, here, averages_here, grads_here, begin - start, stop - start
+                record, rule, here, averages_here, grads_here, key, begin - start, stop - start
             )
             begin = stop
         t += 1
@@ -190,11 +211,14 @@ def count_step(
 @region
 def update_all(
     parts: int, rows: Any, row_of: Any, offsets: Any, table: Any, tensors: int,
-    slots: Any, averages: Any, scalars: Any, grads: Any, step: Any, rule: Any,
+    slots: Any, averages: Any, scalars: Any, grads: Any, step: Any, rule: Any, streams: Any,
 ) -> None:  # fmt: skip
     on_threads(
         update_part, parts,
-        (rows, row_of, offsets, table, tensors, slots, averages, scalars, grads, step, rule),
+        (
+            rows, row_of, offsets, table, tensors, slots, averages, scalars, grads, step, rule,
+            streams,
+        ),
     )  # fmt: skip
     if step is not None:
         first = len(slots) + len(averages)
@@ -214,6 +238,7 @@ def launcher(
     grad: torch.dtype,
     step: torch.dtype | None,
     averaged: Averaged | None = None,
+    rounding: tuple[str, ...] | None = None,
 ) -> Callable[[Tables], Launch]:
     """The compiled update for one kind of bucket, to be bound to a bucket's tables.
 
@@ -224,12 +249,16 @@ def launcher(
         grad: dtype of the gradients.
         step: dtype of the step counters, or None.
         averaged: the parameters' averages, if the step has them.
+        rounding: how each slot is stored (kernels/rounding.py); None if all are to nearest.
     """
     assert slots[0] is not None
     compute = _own_dtype(slots[0])
+    stored = rounding or (NEAREST,) * len(slots)
     slot_types = [
-        types.none if d is None else pointer(dtype_name(d), k, compute) for k, d in enumerate(slots)
+        types.none if d is None else pointer(dtype_name(d), k, compute, rounding=stored[k])
+        for k, d in enumerate(slots)
     ]
+    drawn = STOCHASTIC in stored
     averages = [] if averaged is None else [
         pointer(dtype_name(averaged.dtype), len(slots), compute)
     ]  # fmt: skip
@@ -247,6 +276,7 @@ def launcher(
         pointer(dtype_name(grad), len(slots) + len(averages), compute),
         types.none if step is None else pointer(dtype_name(step), 7, dtype_name(step)),
         types.none if averaged is None else Values(averaged.record, ()),
+        index if drawn else types.none,
     )
     tag = (
         tuple(None if d is None else 0 for d in slots),
@@ -261,7 +291,8 @@ def launcher(
         addresses = [array.ctypes.data for array in arrays]
         numbers = np.zeros(0 if averaged is None else len(averaged.record.numbers))
         rule = None if averaged is None else numbers.ctypes.data
-        arguments = (*addresses, len(tables.row_of), *tag, rule)
+        streams = None if tables.streams is None else tables.streams.ctypes.data
+        arguments = (*addresses, len(tables.row_of), *tag, rule, streams)
 
         def update(grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
             if found_inf is not None and found_inf.item():

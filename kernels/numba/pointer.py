@@ -15,6 +15,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import NativeValue, intrinsic, models, register_model, unbox
 
+from ..rounding import NEAREST
+
 SLOTS = 21
 BYTE = ir.IntType(8)
 IR = {
@@ -40,15 +42,21 @@ class Pointer(types.Type):
         compute: numba type that `load` yields and `store` takes.
         slot: number of the alias scope, below SLOTS; different slots never overlap.
         fixed: whether there is one element alone, which every index means.
+        rounding: how an optimizer's launch stores its elements (kernels/rounding.py).
     """
 
-    def __init__(self, element: str, compute: types.Type, slot: int, fixed: bool = False) -> None:
+    def __init__(
+        self, element: str, compute: types.Type, slot: int, fixed: bool = False,
+        rounding: str = NEAREST,
+    ) -> None:  # fmt: skip
         assert 0 <= slot < SLOTS
         self.element = element
         self.compute = compute
         self.slot = slot
         self.fixed = fixed
+        self.rounding = rounding
         words = f"{element}, {compute}, {slot}" + (", fixed" if fixed else "")
+        words += "" if rounding == NEAREST else f", {rounding}"
         super().__init__(f"Pointer({words})")
 
 
@@ -124,6 +132,21 @@ def _widen(builder: Any, typ: Pointer, value: Any, width: int = 1) -> Any:
 def emit_store(
     builder: Any, typ: Pointer, pointer: Any, index: Any, value: Any, width: int = 1
 ) -> None:
+    value = _narrow(builder, typ, value, width)
+    place = _element_pointer(builder, pointer, typ, index)
+    if width > 1:
+        place = builder.bitcast(place, value.type.as_pointer())
+    store = builder.store(value, place, align=_BYTES[typ.element])
+    _tag(builder, store, typ.slot)
+
+
+def emit_stored(builder: Any, typ: Pointer, value: Any) -> Any:
+    """What would be loaded once a number is stored."""
+    return _widen(builder, typ, _narrow(builder, typ, value, 1))
+
+
+def _narrow(builder: Any, typ: Pointer, value: Any, width: int) -> Any:
+    """A number as it is in memory, rounded once."""
     if typ.compute == types.float64 and typ.element != "float64":
         # Halves by way of float32 too: CPUs convert from there, and from float64 LLVM
         # would call a library function that a JIT process doesn't have.
@@ -135,11 +158,7 @@ def emit_store(
         value = builder.bitcast(value, _many(ir.IntType(16), width))
     elif typ.element == "bfloat16":
         value = _round_to_bfloat16(builder, value, width)
-    place = _element_pointer(builder, pointer, typ, index)
-    if width > 1:
-        place = builder.bitcast(place, value.type.as_pointer())
-    store = builder.store(value, place, align=_BYTES[typ.element])
-    _tag(builder, store, typ.slot)
+    return value
 
 
 def _round_to_bfloat16(builder: Any, value: Any, width: int) -> Any:

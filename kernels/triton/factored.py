@@ -157,7 +157,7 @@ def launcher(
     step: torch.dtype,
 ) -> Callable[[Tables], Any]:
     """The update for one kind of bucket; arguments as those of the CPU backend's."""
-    return functools.partial(Factored, record, (*slots, grad), (), step, None)
+    return functools.partial(Factored, record, (*slots, grad), (), step, None, None)
 
 
 def describe_factored(param: torch.dtype, sizes: list[int]) -> str:

@@ -22,10 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..rounding import MASK
 from ..tables import Averaged, Launch, Tables
 from .compiler import TYPES, compute_dtype, launch
 from .device_table import DeviceTable, capturing, current_stream
 from .record import formula_of, maker
+from .rounding import codes
 from .updates import ALIGNED, COUNT, FIRST, derive, update_blocks
 
 #: Steps that may be captured in CUDA graphs before one that isn't.
@@ -76,10 +78,12 @@ class Launches:
         scalars: tuple[torch.dtype, ...],
         step: torch.dtype | None,
         averaged: Averaged | None,
+        rounding: tuple[str, ...] | None,
         tables: Tables,
     ) -> None:
         """record: its class; dtypes: of the slots and gradients; scalars: of the states that are
-        one number; step: of the counters; averaged: the parameters' averages."""
+        one number; step: of the counters; averaged: the parameters' averages; rounding: how the
+        slots are stored."""
         self._record, self._tables = record, tables
         self._step = None if step is None else TYPES[step]
         # The dtype of the counters, if they are on the host.
@@ -113,12 +117,19 @@ class Launches:
             "SCALARS": tuple(TYPES[d] for d in scalars),
             "WIDE": tuple(TYPES[compute_dtype(d)] for d in scalars),
         }
+        self._drawn = tables.streams is not None
+        used = [d is not None for d in dtypes[: len(rounding or ())]]
+        self._rounding = {
+            "ROUNDING": None if rounding is None else codes(rounding, used),
+            "STATES": sum(d is not None for d in states),
+            "DRAWN": self._drawn,
+        }
         self._fields = len(record.numbers) + len(record.derived)
         # Every line of addresses, and for each tensor how many elements it has, its first block,
         # and whether all of its addresses are multiples of 16 bytes.
         lines_of_all = len(tables.addresses) + 3 + self._more_lines
         self._lines = np.zeros((lines_of_all, len(tables.row_of)), np.int64)
-        self._per_step = bool(record.derived)
+        self._per_step = bool(record.derived) or self._drawn
         self._bind()
 
     def _bind(self) -> None:
@@ -130,16 +141,24 @@ class Launches:
             DeviceTable(host, t.device, CAPTURES) for host in (self._lines, t.hypers)
         )
         self._rules = DeviceTable(self._rule, t.device, CAPTURES)
+        rows = np.zeros((3, len(t.row_of)), np.int64) if self._drawn else t.row_of
         self._row_of, self._behind, self._numbers = (
             DeviceTable(host, t.device)
             for host in (
-                t.row_of,
+                rows,
                 np.zeros(len(t.row_of)),
                 np.zeros((len(self._scalars), len(t.row_of))),
             )
         )
+        self._write_rows()
         self._constants = self._empty_constants()
         self._stream = current_stream(t.device)
+
+    def _write_rows(self) -> None:
+        """Of random numbers the streams' two words, behind each tensor's row a line each."""
+        t = self._tables
+        if t.streams is not None:
+            self._row_of.host[:] = t.row_of, t.streams & MASK, t.streams >> 32 & MASK
 
     def _count_blocks(self) -> None:
         """Write down which program has which block; tensors without a gradient have none."""
@@ -154,7 +173,8 @@ class Launches:
         self._tensor_of = DeviceTable(tensor_of, t.device)
 
     def _empty_constants(self) -> torch.Tensor:
-        shape = (self._fields, len(self._tables.row_of))
+        lines = self._fields + 2 * self._drawn  # of float64 a line has room for two words
+        shape = (lines, len(self._tables.row_of))
         return torch.empty(shape, dtype=self._compute, device=self._tables.device)
 
     def _ready(
@@ -193,6 +213,7 @@ class Launches:
             self._tensor_of.current(), constants, len(t.row_of), grad_scale, found_inf,
             self._rule_numbers(), LINES=self._lines_used, DTYPES=self._dtypes, FIELDS=self._fields,
             COMPUTE=TYPES[self._compute], BLOCK=self._block, **self._update, **self._averaging,
+            **self._rounding,
         )  # fmt: skip
         if self._counted is not None and (found_inf is None or found_inf.item() == 0):
             self._count()
@@ -259,13 +280,15 @@ class Launches:
         uploads, hypers = self._hypers.uploads, self._hypers.current()
         for row, field, value in t.traced:
             hypers[row, field].copy_(value.reshape(()))
+        self._write_rows()
         changed = anew or uploads != self._hypers.uploads or bool(t.traced)
         if steps is None and not self._per_step and not changed:
             return
         launch(
             derive, (-(-len(t.row_of) // 128),), t.device, 128, hypers, self._row_of.current(),
             steps, behind, step, scalars, found_inf, constants, len(t.row_of), STEP=self._step,
-            FIELDS=t.hypers.shape[1], COMPUTE=TYPES[self._compute], BLOCK=128, **self._at_step,
+            FIELDS=t.hypers.shape[1], COMPUTE=TYPES[self._compute], BLOCK=128, DRAWN=self._drawn,
+            **self._at_step,
         )  # fmt: skip
 
 
@@ -276,6 +299,7 @@ def launcher(
     grad: torch.dtype,
     step: torch.dtype | None,
     averaged: Averaged | None = None,
+    rounding: tuple[str, ...] | None = None,
 ) -> Callable[[Tables], Launch]:
     """The update for one kind of bucket; arguments as those of the CPU backend's.
 
@@ -286,7 +310,7 @@ def launcher(
         raise RuntimeError(_CAPTURED_TOO_EARLY)
     if averaged is not None:
         slots = (*slots, averaged.dtype)
-    return functools.partial(Launches, record, (*slots, grad), scalars, step, averaged)
+    return functools.partial(Launches, record, (*slots, grad), scalars, step, averaged, rounding)
 
 
 def describe_step(param: torch.dtype, sizes: list[int]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from .compiler import device_function, kernel
+from .rounding import key_of, rounded_update
 
 #: Lines after the addresses: elements, first block, whether all addresses are multiples of 16.
 COUNT, FIRST, ALIGNED = range(3)
@@ -29,7 +30,7 @@ def derive(
     hypers, row_of, steps, behind, step, scalars, found_inf, constants, tensors,
     STEP: tl.constexpr, FORMULA: tl.constexpr, MAKE: tl.constexpr, FIELDS: tl.constexpr,
     SCALARS: tl.constexpr, WIDE: tl.constexpr, NEXT: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, DRAWN: tl.constexpr,
 ):  # fmt: skip
     """The numbers of each tensor's update at this step, and counters on the device one further.
 
@@ -40,6 +41,8 @@ def derive(
     scalars: of each state that is one number, of the dtypes SCALARS and computed with in WIDE ones,
     a line of addresses; where they are on the host, of the numbers themselves, and it is the host
     that stores what NEXT makes of them.
+    DRAWN: whether random numbers are; then the words of their streams are behind the rows, a line
+    each, and the words of their keys, as they are, go behind the constants.
     """
     tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = tensor < tensors
@@ -84,18 +87,28 @@ def derive(
         values = values + FORMULA(MAKE(values, ()), now, *numbers)
     for k in tl.static_range(len(values)):
         tl.store(constants + k * tensors + tensor, values[k].to(COMPUTE), mask=inside)
+    if DRAWN:
+        first = tl.load(row_of + tensors + tensor, mask=inside, other=0).to(tl.uint32)
+        second = tl.load(row_of + 2 * tensors + tensor, mask=inside, other=0).to(tl.uint32)
+        key = key_of(first, second, now.to(tl.uint32))
+        words = (constants + len(values) * tensors).to(tl.pointer_type(tl.uint32))
+        for k in tl.static_range(2):
+            tl.store(words + k * tensors + tensor, key[k], mask=inside)
 
 
 @device_function
 def update_block(
-    table, tensor, tensors, offset, mask, values, averaging, scale, LINES: tl.constexpr,
-    DTYPES: tl.constexpr, FORMULA: tl.constexpr, MAKE: tl.constexpr, RULE: tl.constexpr,
-    COMPUTE: tl.constexpr, VECTORS: tl.constexpr,
+    table, tensor, tensors, offset, mask, values, averaging, scale, first, second,
+    LINES: tl.constexpr, DTYPES: tl.constexpr, FORMULA: tl.constexpr, MAKE: tl.constexpr,
+    RULE: tl.constexpr, COMPUTE: tl.constexpr, VECTORS: tl.constexpr, ROUNDING: tl.constexpr,
+    STATES: tl.constexpr,
 ):  # fmt: skip
     """Update the elements `offset` of one tensor. VECTORS: all addresses are multiples of 16.
 
     averaging: the record of the RULE, if any, by which what is stored of the parameter goes into
     the last slot, its average.
+    ROUNDING: how the slots are stored, if not all are to nearest, with the words first and second
+    of the key of random numbers, and STATES of the slots among the arguments of the formula.
     """
     numbers = ()
     for k in tl.static_range(len(LINES)):
@@ -106,10 +119,16 @@ def update_block(
     grad = numbers[len(LINES) - 1]
     if scale is not None:
         grad *= scale
-    if RULE is None:
+    if ROUNDING is not None:
+        new = rounded_update(
+            numbers, grad, MAKE(values, ()), offset, first, second, len(ROUNDING), ROUNDING,
+            DTYPES, FORMULA, STATES,
+        )  # fmt: skip
+    elif RULE is None:
         new = FORMULA(MAKE(values, ()), numbers[0], grad, *numbers[1 : len(LINES) - 1])
     else:
         new = FORMULA(MAKE(values, ()), numbers[0], grad, *numbers[1 : len(LINES) - 2])
+    if RULE is not None:
         stored = new[0].to(DTYPES[0]).to(COMPUTE)
         new = new + RULE(averaging, numbers[len(LINES) - 2], stored)
     for k in tl.static_range(len(LINES) - 1):
@@ -124,7 +143,8 @@ def update_blocks(
     table, tensor_of, constants, tensors, grad_scale, found_inf, rule, LINES: tl.constexpr,
     DTYPES: tl.constexpr, FORMULA: tl.constexpr, MAKE: tl.constexpr, FIELDS: tl.constexpr,
     RULE: tl.constexpr, MAKE_RULE: tl.constexpr, RULE_FIELDS: tl.constexpr,
-    COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    COMPUTE: tl.constexpr, BLOCK: tl.constexpr, ROUNDING: tl.constexpr, STATES: tl.constexpr,
+    DRAWN: tl.constexpr,
 ):  # fmt: skip
     """Update one block. LINES of the table: the parameter's, those of states, the gradients'.
 
@@ -142,6 +162,10 @@ def update_blocks(
     rest = table + (LINES[len(LINES) - 1] + 2) * tensors + tensor
     count, first, aligned = entries(rest, 0, tensors, 3)
     values = entries(constants, tensor, tensors, FIELDS)
+    key = (None, None)
+    if DRAWN:
+        words = (constants + FIELDS * tensors).to(tl.pointer_type(tl.uint32))
+        key = entries(words, tensor, tensors, 2)
     averaging = None
     if RULE is not None:
         numbers = ()
@@ -152,11 +176,11 @@ def update_blocks(
     offset = begin + tl.arange(0, BLOCK)
     if (begin + BLOCK <= count) & (aligned != 0):
         update_block(
-            table, tensor, tensors, offset, None, values, averaging, scale, LINES, DTYPES,
-            FORMULA, MAKE, RULE, COMPUTE, True,
+            table, tensor, tensors, offset, None, values, averaging, scale, key[0], key[1],
+            LINES, DTYPES, FORMULA, MAKE, RULE, COMPUTE, True, ROUNDING, STATES,
         )  # fmt: skip
     else:
         update_block(
-            table, tensor, tensors, offset, offset < count, values, averaging, scale, LINES,
-            DTYPES, FORMULA, MAKE, RULE, COMPUTE, False,
+            table, tensor, tensors, offset, offset < count, values, averaging, scale, key[0],
+            key[1], LINES, DTYPES, FORMULA, MAKE, RULE, COMPUTE, False, ROUNDING, STATES,
         )  # fmt: skip

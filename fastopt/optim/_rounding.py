@@ -1,0 +1,211 @@
+"""States and parameters of 16 bits that keep small changes: options, random numbers, checkpoints."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.rounding import COMPENSATION, NEAREST, STOCHASTIC, stream_of
+
+if TYPE_CHECKING:
+    from ._kinds import Kind
+    from ._planned import PlannedStep
+
+__all__ = [
+    "HALVES", "check_group", "check_seed", "draws", "load_states", "slot_rounding", "stream",
+    "with_rounding",
+]  # fmt: skip
+
+HALVES = (torch.bfloat16, torch.float16)
+_ROUNDINGS = ("stochastic", "kahan")
+_MOST = 2**63 - 1
+
+
+class _Option(NamedTuple):
+    name: str
+    annotation: Any
+
+
+_OPTIONS = (
+    _Option("state_dtype", torch.dtype | None),
+    _Option("rounding", str | None),
+    _Option("seed", int | None),
+)
+
+
+# -- what the constructor is given ----------------------------------------------------------
+
+
+def with_rounding(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that takes what this one takes, and state_dtype, rounding and seed."""
+
+    @functools.wraps(init)
+    def __init__(
+        self: Any,
+        *args: Any,
+        state_dtype: torch.dtype | None = None,
+        rounding: str | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _check(state_dtype, rounding, seed)
+        init(self, *args, **kwargs)
+        if state_dtype is not None or rounding is not None:
+            _begin(self, state_dtype, rounding, 0 if seed is None else seed)
+
+    signature = inspect.signature(init)
+    added = [
+        inspect.Parameter(o.name, inspect.Parameter.KEYWORD_ONLY, default=None,
+                          annotation=o.annotation)
+        for o in _OPTIONS
+    ]  # fmt: skip
+    parameters = [*signature.parameters.values(), *added]
+    __init__.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    __init__.__annotations__ = {**init.__annotations__, **{o.name: o.annotation for o in _OPTIONS}}
+    return __init__
+
+
+def _check(state_dtype: Any, rounding: Any, seed: Any) -> None:
+    """Raise for options that there aren't, or that don't go together."""
+    if state_dtype not in (None, torch.bfloat16):
+        raise ValueError(f"state_dtype={state_dtype!r} (supported: None, torch.bfloat16)")
+    if rounding is not None and rounding not in _ROUNDINGS:
+        raise ValueError(f"rounding={rounding!r} (supported: None, 'stochastic', 'kahan')")
+    if seed is None:
+        return
+    check_seed(seed)
+    if state_dtype is None and rounding != "stochastic":
+        raise ValueError(
+            f"seed={seed!r} with state_dtype=None and rounding={rounding!r}, which draw no random "
+            "numbers (supported with: state_dtype=torch.bfloat16, rounding='stochastic')"
+        )
+
+
+def check_seed(seed: Any) -> None:
+    """Raise a ValueError for what is no seed."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= _MOST:
+        raise ValueError(f"seed={seed!r} (supported: integers from 0 to 2**63 - 1)")
+
+
+def _begin(
+    optimizer: PlannedStep, state_dtype: torch.dtype | None, rounding: str | None, seed: int
+) -> None:
+    """Take the options in, or raise a ValueError for what they don't go with."""
+    groups = optimizer.param_groups
+    if state_dtype is not None and not any(map(optimizer._active, groups)):
+        raise ValueError(
+            f"state_dtype={state_dtype} for {optimizer._operation} without states "
+            "(supported: options with which a parameter has some)"
+        )
+    optimizer.state_dtype, optimizer.rounding = state_dtype, rounding
+    for place in range(len(groups)):
+        check_group(optimizer, place)
+    if optimizer._draws:
+        optimizer.defaults["seed"] = seed
+        for group in groups:
+            check_seed(group.setdefault("seed", seed))
+    for param, state in optimizer.state.items():  # of those that the constructor makes
+        for name in optimizer._slots:
+            if name in state:
+                state[name] = state[name].to(optimizer._dtype_of(name, param))
+
+
+def check_group(optimizer: PlannedStep, place: int) -> None:
+    """Raise a ValueError for a group that the optimizer's options don't go with."""
+    group, rounding = optimizer.param_groups[place], optimizer.rounding
+    given = f"state_dtype={optimizer.state_dtype}, rounding={rounding!r}"
+    dtypes = list(dict.fromkeys(p.dtype for p in group["params"]))
+    if group.get("differentiable"):
+        raise ValueError(f"differentiable=True with {given} (supported: differentiable=False)")
+    if any(dtype.is_complex for dtype in dtypes):
+        raise ValueError(f"complex parameters in group {place} with {given} (supported: real ones)")
+    if rounding is not None and dtypes and not set(HALVES) & set(dtypes):
+        names = ", ".join(map(str, dtypes))
+        raise ValueError(
+            f"rounding={rounding!r} with parameters of {names} alone in group {place} "
+            "(supported: groups that have some of torch.bfloat16 or torch.float16)"
+        )
+
+
+# -- how a launch stores what it computes ---------------------------------------------------
+
+
+def slot_rounding(
+    optimizer: PlannedStep, param: torch.dtype, states: Sequence[torch.dtype | None]
+) -> tuple[str, ...] | None:
+    """How the slots are stored of a parameter of a dtype, with states of such; None: to nearest."""
+    stored = [NEAREST]
+    if optimizer.rounding == "stochastic" and param in HALVES:
+        stored = [STOCHASTIC]
+    for name, dtype in zip(optimizer._state_names, states, strict=True):
+        random = optimizer.state_dtype is not None and dtype in HALVES and name != "compensation"
+        stored.append(STOCHASTIC if random else NEAREST)
+    if optimizer.rounding == "kahan":
+        stored[-1] = NEAREST if states[-1] is None else COMPENSATION
+    return None if set(stored) == {NEAREST} else tuple(stored)
+
+
+def draws(optimizer: PlannedStep, kind: Kind) -> bool:
+    """Whether an update of parameters of a kind draws random numbers."""
+    return optimizer._draws and STOCHASTIC in (slot_rounding(optimizer, kind.param, kind.slots) or ())
+
+
+def stream(seed: int, place: int, shard: int) -> int:
+    """What the random numbers of a parameter are drawn by, both words in the bits of an int64."""
+    first, second = stream_of(seed, place, shard)
+    word = second << 32 | first
+    return word - (1 << 64) if word >> 63 else word
+
+
+# -- checkpoints ----------------------------------------------------------------------------
+
+
+def load_states(optimizer: PlannedStep, load: Callable[[], None]) -> None:
+    """Load a checkpoint by torch's code, then have states as this optimizer keeps them.
+
+    Torch brings each state to its parameter's dtype. Here they are taken from the checkpoint once
+    more: a state of bfloat16 may be beyond what a parameter of float16 can hold.
+
+    load: calls torch's ``load_state_dict``.
+    """
+    known = ["seed" in group for group in optimizer.param_groups]
+    captured: list[dict[str, Any]] = []
+    handle = optimizer.register_load_state_dict_pre_hook(lambda _, given: captured.append(given))
+    try:
+        load()
+    finally:
+        handle.remove()
+    for group, had in zip(optimizer.param_groups, known, strict=True):
+        if optimizer._draws:
+            group.setdefault("seed", optimizer.defaults["seed"])
+        elif not had:
+            group.pop("seed", None)
+    if not captured:
+        return
+    saved = captured[-1]
+    places = [place for group in saved["param_groups"] for place in group["params"]]
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for place, param in zip(places, params, strict=True):
+        if param in optimizer.state:
+            _adapt(optimizer, param, optimizer.state[param], saved["state"].get(place, {}))
+
+
+def _adapt(
+    optimizer: PlannedStep, param: Tensor, state: dict[str, Any], saved: dict[str, Any]
+) -> None:
+    if not optimizer._counts:
+        state.pop("step", None)
+    if "compensation" not in optimizer._state_names:
+        state.pop("compensation", None)
+    if optimizer.state_dtype is None:
+        return
+    for name in optimizer._slots:
+        value = saved.get(name)
+        if isinstance(value, Tensor):
+            dtype = optimizer._dtype_of(name, param)
+            state[name] = value.to(device=param.device, dtype=dtype)
