@@ -65,8 +65,8 @@ def convert(subject: _Subject, to: str = "fastopt") -> _Subject:
     Raises:
         TypeError: an optimizer of another class (of a subclass, too, whose own ways could be
             lost), or whose `step` has been replaced; or something else than all of these.
-        ValueError: another `to`; or an optimizer with a max_grad_norm, or with an AveragedModel
-            that its steps update, which would be lost.
+        ValueError: another `to`; or an optimizer with a max_grad_norm, a state_dtype or a rounding,
+            or with an AveragedModel that its steps update, which would be lost.
 
     Example:
         >>> optimizer = fastopt.convert(optimizer)
@@ -129,6 +129,12 @@ def _convert_optimizer(optimizer: Any, twins: _Twins, to: str) -> None:
         raise ValueError(
             f"cannot convert an optimizer with max_grad_norm={limit}, which torch's does not have, "
             "to torch; set it to None first, and call clip_grad_norm_ before its steps"
+        )
+    if to == "torch" and getattr(optimizer, "_is_rounded", False):
+        raise ValueError(
+            f"cannot convert an optimizer with state_dtype={optimizer.state_dtype}, "
+            f"rounding={optimizer.rounding!r}, which torch's does not have, to torch; load its "
+            "state_dict into one made without them"
         )
     followers = getattr(optimizer, "_followers", ())
     if to == "torch" and any(average() is not None for average, _ in followers):

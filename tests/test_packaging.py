@@ -178,7 +178,11 @@ def test_class_is_torchs_but_for_what_it_computes(ours: type, theirs: type) -> N
     for mine, its in ((ours, theirs), (ours.__init__, theirs.__init__)):  # type: ignore[misc]
         found = list(inspect.signature(mine).parameters.values())
         if issubclass(ours, PlannedStep):
-            assert found.pop().name == "max_grad_norm"
+            names = ["max_grad_norm"]
+            names += ["state_dtype", "rounding", "seed"] if ours._elementwise else []
+            assert [p.name for p in found[-len(names) :]] == names
+            assert all(p.kind is p.KEYWORD_ONLY and p.default is None for p in found[-len(names) :])
+            found = found[: -len(names)]
         expected = list(inspect.signature(its).parameters.values())
         own = further(ours)
         assert plain(found[len(found) - len(own) :]) == own

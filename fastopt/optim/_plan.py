@@ -96,7 +96,9 @@ class StepPlan:
                 (picker(bucket.places, len(params)), picker(states, len(keys)), pick_joined)
             )
         self._proof = self._begin_proof(optimizer, params, [s.kind for s, _ in compiled], turn)
-        self._options = itemgetter(*option_names(optimizer._twin), *(["seed"] if optimizer._draws else []))
+        self._options = itemgetter(
+            *option_names(optimizer._twin), *(["seed"] if optimizer._draws else [])
+        )
         self._flags = list(map(optimizer._flags, optimizer.param_groups))
         self._set_hypers(optimizer)
 

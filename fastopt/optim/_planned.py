@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, overload
@@ -23,14 +22,7 @@ from ._kinds import Kind, default_counter, fits_torchs_fused, group_specials
 from ._plan import all_params
 from ._planner import Planner
 from ._rounded_step import rounded_step
-from ._rounding import (
-    HALVES,
-    check_group,
-    check_seed,
-    load_states,
-    slot_rounding,
-    with_rounding,
-)
+from ._rounding import HALVES, Rounded, slot_rounding, with_rounding
 from ._seams import circumstances, torchs_parts
 from ._sort import size_of, sort
 
@@ -44,7 +36,7 @@ _check_capture: Callable[[Optimizer], None] = (
 )
 
 
-class PlannedStep(Optimizer):
+class PlannedStep(Rounded):
     """Mixin in front of a torch optimizer class; overrides `step` alone.
 
     A subclass says how its hyperparameters become a record, and which states it has.
@@ -62,7 +54,6 @@ class PlannedStep(Optimizer):
     _slots: ClassVar[tuple[str, ...]]
     #: keys of the states that are one number each, beside "step"
     _scalars: ClassVar[tuple[str, ...]]
-    _counts_steps: ClassVar[bool] = True
     #: whether each element is updated by itself, so that it may be stored in other ways
     _elementwise: ClassVar[bool] = True
     #: whether torch counts on the parameters' device, whatever the options
@@ -91,10 +82,6 @@ class PlannedStep(Optimizer):
     max_grad_norm: float | None = None
     #: their norm before that, in the last step that had a max_grad_norm: a 0-d tensor
     grad_norm: Tensor | None = None
-    #: the dtype of the states, rounded at random; None for the parameters' own. Not to be changed.
-    state_dtype: torch.dtype | None = None
-    #: how parameters of 16 bits are stored: None, "stochastic" or "kahan". Not to be changed.
-    rounding: str | None = None
     #: the averages that follow the steps
     _followers: tuple[Follower, ...] = ()
 
@@ -108,26 +95,6 @@ class PlannedStep(Optimizer):
             _, cls._twin = cls.__bases__
             torchs_parts(cls._twin)  # now, before anyone can have replaced some
 
-    @property
-    def _is_rounded(self) -> bool:
-        """Whether states or parameters are stored otherwise than torch's code would."""
-        return self.state_dtype is not None or self.rounding is not None
-
-    @property
-    def _draws(self) -> bool:
-        """Whether random numbers are drawn, by the steps' counters."""
-        return self.state_dtype is not None or self.rounding == "stochastic"
-
-    @property
-    def _counts(self) -> bool:
-        """Whether there are counters of steps: torch's, or those that random numbers need."""
-        return self._counts_steps or self._draws
-
-    @property
-    def _state_names(self) -> tuple[str, ...]:
-        """Keys of all states that a launch may have, in their order."""
-        return (*self._slots, "compensation") if self.rounding == "kahan" else self._slots
-
     def _active(self, group: Group) -> tuple[str, ...]:
         """The slots that this group's configuration uses: all, where a subclass says nothing."""
         return self._slots
@@ -137,12 +104,6 @@ class PlannedStep(Optimizer):
         if self.rounding == "kahan" and param.dtype in HALVES:
             return (*self._active(group), "compensation")
         return self._active(group)
-
-    def _dtype_of(self, name: str, param: Tensor) -> torch.dtype:
-        """The dtype of a state that begins."""
-        if self.state_dtype is None or name == "compensation":
-            return param.dtype
-        return self.state_dtype
 
     def _hyper(self, group: Group, begins: bool) -> Update:
         """A group's hyperparameters as a record; begins: at the first step of a state.
@@ -183,7 +144,7 @@ class PlannedStep(Optimizer):
         missing = [name for name in names if state.get(name) is None]
         for name in missing:
             state[name] = self._begin(name, param, group).to(self._dtype_of(name, param))
-        return bool(missing) and not self._counts_steps
+        return any(n in self._slots for n in missing) and not self._counts_steps
 
     def _refuse(self, group: Group) -> str | None:
         """Which of a group's numbers only torch's code takes."""
@@ -329,33 +290,7 @@ class PlannedStep(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         limit = {} if self.max_grad_norm is None else {"max_grad_norm": self.max_grad_norm}
-        names = [n for n in ("state_dtype", "rounding") if getattr(self, n) is not None]
-        return {**super().__getstate__(), **limit, **{n: getattr(self, n) for n in names}}
-
-    def add_param_group(self, param_group: Group) -> None:
-        """Add a group of parameters, as torch does; one that the options don't go with is refused.
-
-        Raises:
-            ValueError: rounding is given and the group has no parameter of 16 bits, or a seed that
-                is none; the group isn't added.
-        """
-        super().add_param_group(param_group)
-        if self._is_rounded:
-            try:
-                check_group(self, len(self.param_groups) - 1)
-                if self._draws:
-                    check_seed(param_group["seed"])
-            except ValueError:
-                self.param_groups.pop()
-                raise
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint, as torch does. States are then of the dtype that they have here.
-
-        state_dtype and rounding are this optimizer's own; the seed is the checkpoint's, if it has
-        one.
-        """
-        load_states(self, functools.partial(super().load_state_dict, state_dict))
+        return {**super().__getstate__(), **limit}
 
     @contextmanager
     def _unscaled(self, params: list[Tensor], grad_scale: Tensor | None) -> Iterator[None]:

@@ -101,7 +101,7 @@ def _numbers(
     compute: torch.dtype, device: torch.device,
 ) -> tuple[int, Any]:  # fmt: skip
     """The number of this step, and what the formula's `h` is in it; counters go on."""
-    record = optimizer._record
+    record: Any = optimizer._record
     row = optimizer._hyper(group, begins).row
     numbers = [torch.as_tensor(n, dtype=torch.float64).to(device).reshape(()) for n in row]
     hyper = SimpleNamespace(**dict(zip(record.numbers, numbers, strict=True)))
@@ -119,7 +119,5 @@ def _numbers(
         scalars = [n.double() for n in (*old, *new)]
     derived = record.at_step(hyper, step, *scalars)
     found = dict(zip((*record.numbers, *record.derived), (*numbers, *derived), strict=True))
-    found = {
-        name: torch.as_tensor(n, dtype=compute, device=device) for name, n in found.items()
-    }
+    found = {name: torch.as_tensor(n, dtype=compute, device=device) for name, n in found.items()}
     return int(step), SimpleNamespace(**found)

@@ -1,14 +1,15 @@
-"""States and parameters of 16 bits that keep small changes: options, random numbers, checkpoints."""
+"""States and parameters of 16 bits that keep small changes: options, seeds, checkpoints."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ..kernels.rounding import COMPENSATION, NEAREST, STOCHASTIC, stream_of
 
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
     from ._planned import PlannedStep
 
 __all__ = [
-    "HALVES", "check_group", "check_seed", "draws", "load_states", "slot_rounding", "stream",
-    "with_rounding",
+    "HALVES", "Rounded", "check_seed", "draws", "slot_rounding", "stream", "with_rounding",
 ]  # fmt: skip
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -103,19 +103,19 @@ def _begin(
             "(supported: options with which a parameter has some)"
         )
     optimizer.state_dtype, optimizer.rounding = state_dtype, rounding
-    for place in range(len(groups)):
-        check_group(optimizer, place)
     if optimizer._draws:
         optimizer.defaults["seed"] = seed
         for group in groups:
-            check_seed(group.setdefault("seed", seed))
+            group.setdefault("seed", seed)
+    for place in range(len(groups)):
+        _check_group(optimizer, place)
     for param, state in optimizer.state.items():  # of those that the constructor makes
         for name in optimizer._slots:
             if name in state:
                 state[name] = state[name].to(optimizer._dtype_of(name, param))
 
 
-def check_group(optimizer: PlannedStep, place: int) -> None:
+def _check_group(optimizer: PlannedStep, place: int) -> None:
     """Raise a ValueError for a group that the optimizer's options don't go with."""
     group, rounding = optimizer.param_groups[place], optimizer.rounding
     given = f"state_dtype={optimizer.state_dtype}, rounding={rounding!r}"
@@ -124,12 +124,81 @@ def check_group(optimizer: PlannedStep, place: int) -> None:
         raise ValueError(f"differentiable=True with {given} (supported: differentiable=False)")
     if any(dtype.is_complex for dtype in dtypes):
         raise ValueError(f"complex parameters in group {place} with {given} (supported: real ones)")
+    if optimizer._draws:
+        check_seed(group["seed"])
     if rounding is not None and dtypes and not set(HALVES) & set(dtypes):
         names = ", ".join(map(str, dtypes))
         raise ValueError(
             f"rounding={rounding!r} with parameters of {names} alone in group {place} "
             "(supported: groups that have some of torch.bfloat16 or torch.float16)"
         )
+
+
+class Rounded(Optimizer):
+    """What an optimizer is asked about how its states and parameters are stored."""
+
+    _slots: ClassVar[tuple[str, ...]]
+    #: whether torch's class counts steps
+    _counts_steps: ClassVar[bool] = True
+
+    #: the dtype of the states, rounded at random; None for the parameters' own. Not to be changed.
+    state_dtype: torch.dtype | None = None
+    #: how parameters of 16 bits are stored: None, "stochastic" or "kahan". Not to be changed.
+    rounding: str | None = None
+
+    @property
+    def _is_rounded(self) -> bool:
+        """Whether states or parameters are stored otherwise than torch's code would."""
+        return self.state_dtype is not None or self.rounding is not None
+
+    @property
+    def _draws(self) -> bool:
+        """Whether random numbers are drawn, by the steps' counters."""
+        return self.state_dtype is not None or self.rounding == "stochastic"
+
+    @property
+    def _counts(self) -> bool:
+        """Whether there are counters of steps: torch's, or those that random numbers need."""
+        return self._counts_steps or self._draws
+
+    @property
+    def _state_names(self) -> tuple[str, ...]:
+        """Keys of all states that a launch may have, in their order."""
+        return (*self._slots, "compensation") if self.rounding == "kahan" else self._slots
+
+    def _dtype_of(self, name: str, param: Tensor) -> torch.dtype:
+        """The dtype of a state that begins."""
+        if self.state_dtype is None or name == "compensation":
+            return param.dtype
+        return self.state_dtype
+
+    def __getstate__(self) -> dict[str, Any]:
+        options = {"state_dtype": self.state_dtype, "rounding": self.rounding}
+        given = {name: value for name, value in options.items() if value is not None}
+        return {**super().__getstate__(), **given}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, as torch does; one that the options don't go with is refused.
+
+        Raises:
+            ValueError: rounding is given and the group has no parameter of 16 bits, or a seed that
+                is none; the group isn't added.
+        """
+        super().add_param_group(param_group)
+        if self._is_rounded:
+            try:
+                _check_group(self, len(self.param_groups) - 1)  # type: ignore[arg-type]
+            except ValueError:
+                self.param_groups.pop()
+                raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint, as torch does. States are then of the dtype that they have here.
+
+        state_dtype and rounding are this optimizer's own; the seed is the checkpoint's, if it has
+        one.
+        """
+        _load_states(self, functools.partial(super().load_state_dict, state_dict))  # type: ignore[arg-type]
 
 
 # -- how a launch stores what it computes ---------------------------------------------------
@@ -152,7 +221,7 @@ def slot_rounding(
 
 def draws(optimizer: PlannedStep, kind: Kind) -> bool:
     """Whether an update of parameters of a kind draws random numbers."""
-    return optimizer._draws and STOCHASTIC in (slot_rounding(optimizer, kind.param, kind.slots) or ())
+    return STOCHASTIC in (slot_rounding(optimizer, kind.param, kind.slots) or ())
 
 
 def stream(seed: int, place: int, shard: int) -> int:
@@ -165,7 +234,7 @@ def stream(seed: int, place: int, shard: int) -> int:
 # -- checkpoints ----------------------------------------------------------------------------
 
 
-def load_states(optimizer: PlannedStep, load: Callable[[], None]) -> None:
+def _load_states(optimizer: PlannedStep, load: Callable[[], None]) -> None:
     """Load a checkpoint by torch's code, then have states as this optimizer keeps them.
 
     Torch brings each state to its parameter's dtype. Here they are taken from the checkpoint once
@@ -198,13 +267,15 @@ def load_states(optimizer: PlannedStep, load: Callable[[], None]) -> None:
 def _adapt(
     optimizer: PlannedStep, param: Tensor, state: dict[str, Any], saved: dict[str, Any]
 ) -> None:
-    if not optimizer._counts:
+    """Bring the states of one parameter, as torch has loaded them, to what they are here."""
+    names = optimizer._slots
+    if not optimizer._counts and "step" not in names:
         state.pop("step", None)
-    if "compensation" not in optimizer._state_names:
+    if optimizer.rounding != "kahan" and "compensation" not in names:
         state.pop("compensation", None)
-    if optimizer.state_dtype is None:
-        return
-    for name in optimizer._slots:
+    elif state and param.dtype in HALVES and "compensation" not in state:
+        state["compensation"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    for name in names if optimizer.state_dtype is not None else ():
         value = saved.get(name)
         if isinstance(value, Tensor):
             dtype = optimizer._dtype_of(name, param)

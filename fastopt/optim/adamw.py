@@ -17,7 +17,8 @@ class AdamW(PlannedStep, torch.optim.AdamW):
 
     Args:
         params, lr, betas, eps, amsgrad, maximize, foreach, capturable, differentiable, fused,
-            max_grad_norm: as in :class:`fastopt.optim.Adam`, whose rule it shares.
+            max_grad_norm, state_dtype, rounding, seed: as in :class:`fastopt.optim.Adam`, whose
+            rule it shares.
         weight_decay: as above (default: 1e-2).
 
     Raises:

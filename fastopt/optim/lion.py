@@ -124,6 +124,8 @@ class Lion(PlannedStep, PlainLion):
         fused: leave a GradScaler's scale and verdict to the step, as in torch's optimizers.
         max_grad_norm: the norm that a step scales its gradients down to, all alike, or None;
             they stay as they are, and their norm is then in ``grad_norm``.
+        state_dtype, rounding, seed: states in bfloat16, and how parameters of 16 bits are stored
+            (docs/fewer_bytes.md); None is as torch does.
 
     There is no ``foreach``, as there are no other implementations to choose from, and no
     ``capturable``, as nothing is counted: a step can be captured in a CUDA graph as it is.

@@ -87,6 +87,8 @@ class NAdam(PlannedStep, torch.optim.NAdam):
         differentiable: step within autograd; runs torch's own code.
         max_grad_norm: the norm that a step scales its gradients down to, all alike, or None;
             they stay as they are, and their norm is then in ``grad_norm``.
+        state_dtype, rounding, seed: states in bfloat16, and how parameters of 16 bits are stored
+            (docs/fewer_bytes.md); None is as torch does.
 
     Parameters may be float64, float32, bfloat16 or float16, of any dense layout; all others
     are updated by torch's own code. ``explain`` says which.

@@ -94,6 +94,7 @@ class SparseAdam(PlannedStep, torch.optim.SparseAdam):
     """
 
     _operation = "SparseAdam"
+    _elementwise = False
     _record = SparseAdamUpdate
     _rates = ("betas",)
 

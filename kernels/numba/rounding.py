@@ -83,14 +83,15 @@ def store_rounded(typingctx: Any, slots: Any, index: Any, key: Any, values: Any)
         words: dict[int, Any] = {}
 
         def bits(slot: int) -> Any:
-            pair, second = divmod(rounding.half_of(slot, states), rounding.HALVES)
+            pair, is_second = divmod(rounding.half_of(slot, states), rounding.HALVES)
             if pair not in words:
-                keys = [
+                first, second = (
                     builder.trunc(builder.extract_value(args[2], k), _WORD) for k in range(2)
-                ]
-                words[pair] = _word(builder, builder.trunc(args[1], _WORD), *keys, pair)
+                )
+                index = builder.trunc(args[1], _WORD)
+                words[pair] = _word(builder, index, first, second, pair)
             word = words[pair]
-            if second:
+            if is_second:
                 return builder.lshr(word, ir.Constant(_WORD, 16))
             return builder.and_(word, ir.Constant(_WORD, 0xFFFF))
 
@@ -169,6 +170,8 @@ def _below_normal(builder: Any, size: Any, bits: Any) -> Any:
     floor = builder.module.declare_intrinsic("llvm.floor", [_FLOAT])
     whole = builder.call(floor, [units])
     chance = builder.fadd(builder.uitofp(bits, _FLOAT), constant(0.5))
-    up = builder.fcmp_ordered(">", builder.fsub(units, whole), builder.fmul(chance, constant(2.0**-16)))
+    up = builder.fcmp_ordered(
+        ">", builder.fsub(units, whole), builder.fmul(chance, constant(2.0**-16))
+    )
     whole = builder.fadd(whole, builder.uitofp(up, _FLOAT))
     return builder.fmul(whole, constant(2.0**-24))

@@ -25,7 +25,7 @@ def places_in_memory(tensor: Tensor, dense: bool) -> Tensor:
 def element_bits(places: Tensor, key: tuple[int, int], half: int) -> Tensor:
     """The 16 random bits of elements, int64, for the slot that has this half of their words."""
     pair, second = divmod(half, rounding.HALVES)
-    word = rounding.word_of(places & rounding.MASK, *key, pair)
+    word: Tensor = rounding.word_of(places & rounding.MASK, *key, pair)
     return word >> 16 if second else word & 0xFFFF
 
 

@@ -49,19 +49,16 @@ def word_of(index, first, second, PAIR: tl.constexpr):
 
 
 @device_function
-def stochastic(value, word, SECOND: tl.constexpr, DTYPE: tl.constexpr):
-    """A float32 that DTYPE has, the one above or below, by the second half of a word or the first.
+def stochastic(value, word, SECOND: tl.constexpr, dtype: tl.constexpr):
+    """A float32 that dtype has, the one above or below, by the second half of a word or the first.
 
     value: of float64 the nearest float32 is taken.
     """
     value = value.to(tl.float32)
-    if SECOND:
-        bits = word >> 16
-    else:
-        bits = word & 0xFFFF
+    bits = word >> 16 if SECOND else word & 0xFFFF
     image = value.to(tl.uint32, bitcast=True)
     size = image & 0x7FFFFFFF
-    if DTYPE == tl.bfloat16:
+    if dtype == tl.bfloat16:
         beyond = size > 0x7F7F0000
         moved = ((image + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:
@@ -76,29 +73,3 @@ def stochastic(value, word, SECOND: tl.constexpr, DTYPE: tl.constexpr):
         )
         moved = tl.where(size < 0x38800000, small, moved)
     return tl.where(beyond, value, moved)
-
-
-@device_function
-def rounded_update(
-    numbers, grad, record, offset, first, second, SLOTS: tl.constexpr, CODES: tl.constexpr,
-    DTYPES: tl.constexpr, FORMULA: tl.constexpr, STATES: tl.constexpr,
-):  # fmt: skip
-    """What the slots of a block become: numbers that their DTYPES have.
-
-    CODES: how each of the SLOTS is stored; STATES: the states that the FORMULA takes.
-    """
-    param = numbers[0]
-    if SLOTS > STATES + 1:
-        param += numbers[SLOTS - 1]
-    new = FORMULA(record, param, grad, *numbers[1 : STATES + 1])
-    stored = ()
-    for k in tl.static_range(STATES + 1):
-        value = new[k]
-        if CODES[k] >= 0:
-            word = word_of(offset, first, second, CODES[k] // 2)
-            value = stochastic(value, word, CODES[k] % 2, DTYPES[k]).to(new[k].dtype)
-        stored = stored + (value,)
-    if SLOTS > STATES + 1:
-        lost = new[0] - new[0].to(DTYPES[0]).to(new[0].dtype)
-        stored = stored + (tl.where(tl.abs(lost) < float("inf"), lost, 0.0),)
-    return stored

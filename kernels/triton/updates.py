@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from .compiler import device_function, kernel
-from .rounding import key_of, rounded_update
+from .rounding import key_of, stochastic, word_of
 
 #: Lines after the addresses: elements, first block, whether all addresses are multiples of 16.
 COUNT, FIRST, ALIGNED = range(3)
@@ -94,6 +94,32 @@ def derive(
         words = (constants + len(values) * tensors).to(tl.pointer_type(tl.uint32))
         for k in tl.static_range(2):
             tl.store(words + k * tensors + tensor, key[k], mask=inside)
+
+
+@device_function
+def rounded_update(
+    numbers, grad, record, offset, first, second, SLOTS: tl.constexpr, CODES: tl.constexpr,
+    DTYPES: tl.constexpr, FORMULA: tl.constexpr, STATES: tl.constexpr,
+):  # fmt: skip
+    """What the slots of a block become: numbers that their DTYPES have.
+
+    CODES: how each of the SLOTS is stored; STATES: the states that the FORMULA takes.
+    """
+    param = numbers[0]
+    if SLOTS > STATES + 1:
+        param += numbers[SLOTS - 1]
+    new = FORMULA(record, param, grad, *numbers[1 : STATES + 1])
+    stored = ()
+    for k in tl.static_range(STATES + 1):
+        value = new[k]
+        if CODES[k] >= 0:
+            word = word_of(offset, first, second, CODES[k] // 2)
+            value = stochastic(value, word, CODES[k] % 2, DTYPES[k]).to(new[k].dtype)
+        stored = stored + (value,)
+    if SLOTS > STATES + 1:
+        lost = new[0] - new[0].to(DTYPES[0]).to(new[0].dtype)
+        stored = stored + (tl.where(tl.abs(lost) < float("inf"), lost, 0.0),)
+    return stored
 
 
 @device_function
