@@ -45,7 +45,7 @@ def param_at(optimizer: PlannedStep, place: int) -> Tensor:
 
 def active(optimizer: PlannedStep, kind: Kind) -> list[str]:
     """The states made of elements that a kind of parameters has."""
-    slots = zip(optimizer._state_names, kind.slots, strict=True)
+    slots = zip(optimizer._state_names, kind.slots, strict=False)
     return [name for name, dtype in slots if dtype is not None]
 
 
@@ -93,7 +93,8 @@ class Bucket:
         self._cuts: list[Any] | None = None
         count = len(params)
         # Lines of addresses, behind the parameters'.
-        order = [*optimizer._state_names, *self._averaged, *optimizer._scalars, "grad", "step"]
+        names = optimizer._state_names[: len(self._kind.slots)]
+        order = [*names, *self._averaged, *optimizer._scalars, "grad", "step"]
         self._sizes = np.array(list(map(Tensor.numel, params)), np.int64)
         self._tables = Tables(
             device=self._kind.device,

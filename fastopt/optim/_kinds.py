@@ -33,7 +33,8 @@ class Kind(NamedTuple):
         device: their device.
         sharded: whether they are DTensors, of which this process updates its shards.
         param, grad: dtypes.
-        slots: dtype of each state in the order of the optimizer's slots, None if not in use.
+        slots: dtype of each state in the order of the optimizer's slots, None if not in use; and
+            of their compensation, if they have one.
         step: dtype of the step counters, None if the optimizer has none.
         scalars: dtypes of the states that are one number.
         counted_on_device: whether the counters are the device's.
@@ -153,7 +154,7 @@ def kind_of(
     special = [*around, *group_special]
     if is_lazy(param):  # of which torch lets nothing be asked
         special.append(f"a parameter of type {type(param).__name__}, whose size isn't known yet")
-        slots = (None,) * len(optimizer._state_names)
+        slots = (None,) * len(optimizer._slots)
         return Kind(_CPU, False, param.dtype, param.dtype, slots, None, (), False, tuple(special))
     state = optimizer.state.get(param, {})
     there, grad = param.grad is not None, param if param.grad is None else param.grad
@@ -168,12 +169,13 @@ def kind_of(
         if not special and (refused := optimizer._refuse_param(whole)):
             special.append(refused)
     active = () if group_special else optimizer._active_of(group, param)
+    own = [name for name in active if name not in optimizer._slots]  # which torch has not
     # Torch creates all states or none, or has created them.
     if (state or optimizer._made_early) and optimizer._counts_steps:
-        names = (*active, *optimizer._scalars, "step")
+        names = (*(n for n in active if n not in own), *optimizer._scalars, "step")
         special += [f"no state {name!r}, which torch has" for name in names if name not in state]
     dtypes: list[torch.dtype | None] = []
-    for name in optimizer._state_names:
+    for name in (*optimizer._slots, *own):
         value, dtype = state.get(name), None
         if name not in active:
             pass

@@ -67,16 +67,16 @@ def _update(optimizer: PlannedStep, param: Tensor, group: dict[str, Any], place:
     begins = optimizer._create_state(param, group, names)
     state, whole = optimizer.state[param] if names or optimizer._counts else {}, param
     param, grad = local(whole), local(whole.grad)  # type: ignore[arg-type]
-    slots = [local(state[n]) if n in names else None for n in optimizer._state_names]
+    slots = [local(state[n]) if n in names else None for n in optimizer._slots]
+    compensation = local(state["compensation"]) if "compensation" in names else None
     compute = torch.float64 if param.dtype == torch.float64 else torch.float32
     step, hyper = _numbers(optimizer, group, state, begins, compute, param.device)
 
-    dtypes = [None if t is None else t.dtype for t in slots]
+    kept = slots if compensation is None else [*slots, compensation]
+    dtypes = [None if t is None else t.dtype for t in kept]
     stored = slot_rounding(optimizer, param.dtype, dtypes) or ()
-    of_formula = slots[: len(optimizer._slots)]
-    values = [None if t is None else t.to(compute) for t in of_formula]
+    values = [None if t is None else t.to(compute) for t in slots]
     before = param.to(compute)
-    compensation = slots[-1] if len(slots) > len(of_formula) else None
     if compensation is not None:
         before = before + compensation.to(compute)
     new = optimizer._record.update(hyper, before, grad.to(compute), *values)
@@ -84,11 +84,11 @@ def _update(optimizer: PlannedStep, param: Tensor, group: dict[str, Any], place:
     if STOCHASTIC in stored:
         first, second = stream_of(group["seed"], place, shard_of(whole))
         key, places = key_of(first, second, step), places_in_memory(param, is_dense(param))
-    for k, (target, value) in enumerate(zip([param, *of_formula], new, strict=True)):
+    for k, (target, value) in enumerate(zip([param, *slots], new, strict=True)):
         if target is None:
             continue
         if stored and stored[k] == STOCHASTIC:
-            bits = element_bits(places, key, half_of(k, len(of_formula)))
+            bits = element_bits(places, key, half_of(k, len(slots)))
             value = stochastic(value, bits, target.dtype)
         elif k == 0 and compensation is not None:
             value, lost = compensated(value, target.dtype)

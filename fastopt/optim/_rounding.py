@@ -211,11 +211,11 @@ def slot_rounding(
     stored = [NEAREST]
     if optimizer.rounding == "stochastic" and param in HALVES:
         stored = [STOCHASTIC]
-    for name, dtype in zip(optimizer._state_names, states, strict=True):
-        random = optimizer.state_dtype is not None and dtype in HALVES and name != "compensation"
+    count = len(optimizer._slots)
+    for dtype in states[:count]:
+        random = optimizer.state_dtype is not None and dtype in HALVES
         stored.append(STOCHASTIC if random else NEAREST)
-    if optimizer.rounding == "kahan":
-        stored[-1] = NEAREST if states[-1] is None else COMPENSATION
+    stored += [COMPENSATION] * (len(states) - count)
     return None if set(stored) == {NEAREST} else tuple(stored)
 
 
@@ -273,10 +273,9 @@ def _adapt(
         state.pop("step", None)
     if optimizer.rounding != "kahan" and "compensation" not in names:
         state.pop("compensation", None)
-    elif state and param.dtype in HALVES and "compensation" not in state:
-        state["compensation"] = torch.zeros_like(param, memory_format=torch.preserve_format)
     for name in names if optimizer.state_dtype is not None else ():
-        value = saved.get(name)
-        if isinstance(value, Tensor):
-            dtype = optimizer._dtype_of(name, param)
-            state[name] = value.to(device=param.device, dtype=dtype)
+        if isinstance(value := saved.get(name), Tensor):
+            state[name] = value.to(device=param.device, dtype=optimizer._dtype_of(name, param))
+    for name in optimizer._scalars if optimizer._is_rounded else ():
+        if isinstance(value := saved.get(name), Tensor):
+            state[name] = value.to(device=state[name].device)
