@@ -32,9 +32,9 @@ class LanguageModel(nn.Module):
     Its head makes logits of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, vocabulary: int = VOCABULARY) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(VOCABULARY, WIDTH)
+        self.tokens = nn.Embedding(vocabulary, WIDTH)
         self.places = nn.Embedding(CONTEXT, WIDTH)
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
@@ -43,7 +43,7 @@ class LanguageModel(nn.Module):
             for _ in range(LAYERS)
         )
         self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.head = nn.Linear(WIDTH, vocabulary, bias=False)
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(CONTEXT))
         for embedding in (self.tokens, self.places):
             nn.init.normal_(embedding.weight, std=0.02)
