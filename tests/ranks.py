@@ -232,6 +232,34 @@ def cut_otherwise(seed: int, folder: Path) -> Outcome:
     return found[0], found[1]
 
 
+def rounded_shards(seed: int, folder: Path) -> Outcome:
+    """Replicas round alike, shards each by numbers of their own; beside torch's operations."""
+    mesh, found = init_device_mesh("cpu", (WORLD,)), []
+    for backend in ("numba", "reference"):
+        ones = torch.ones(4 * WORLD, 500, dtype=torch.bfloat16)
+        whole, cut = (
+            nn.Parameter(distribute_tensor(ones, mesh, [placement]))
+            for placement in (Replicate(), Shard(0))
+        )
+        optimizer = fastopt.optim.SGD(
+            [whole, cut], lr=2.0**-10, momentum=0.5, state_dtype=torch.bfloat16,
+            rounding="stochastic", seed=seed,
+        )  # fmt: skip
+        for p in (whole, cut):
+            p.grad = torch.ones_like(p)
+        with fastopt.use_backend(backend):
+            for _ in range(2):
+                optimizer.step()
+        assert type(optimizer.state[cut]["momentum_buffer"]) is DTensor
+        replicas = [torch.empty_like(ones) for _ in range(WORLD)]
+        dist.all_gather(replicas, whole.to_local().detach())
+        assert all(torch.equal(replicas[0], other) for other in replicas)
+        first, second = cut.detach().full_tensor().chunk(WORLD)
+        assert not torch.equal(first, second)
+        found.append({"whole": replicas[0], "cut": cut.detach().full_tensor()})
+    return found[0], found[1]
+
+
 def zero_redundancy(seed: int, folder: Path, views: bool = False) -> Outcome:
     model = DistributedDataParallel(net(seed))
     optimizer = ZeroRedundancyOptimizer(

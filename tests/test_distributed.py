@@ -61,6 +61,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         ("mixed_precision", {}),
         ("shards_replaced", {}),
         ("cut_otherwise", {}),
+        ("rounded_shards", {}),
         ("zero_redundancy", {}),
         ("zero_redundancy", {"views": True}),
         ("checkpoints", {"first": "torch"}),

@@ -11,7 +11,14 @@ from cases import DEVICE, INTERPRETED
 from numba.core import caching
 
 import fastopt
-from fastopt.kernels.numba import compiler, cross_entropy, flat, softmax_rows, softmax_tiles
+from fastopt.kernels.numba import (
+    compiler,
+    cross_entropy,
+    flat,
+    multi_tensor,
+    softmax_rows,
+    softmax_tiles,
+)
 from fastopt.nn import functional
 
 if INTERPRETED or DEVICE != "cpu":
@@ -86,3 +93,24 @@ def test_softmax_of_vectors(
     assert re.search(r"fmul[^\n]* <\d+ x float>", text)
     assert bool(re.search(r"fdiv[^\n]* <\d+ x float>", text)) == capped
     assert bool(re.search(r"fdiv[^\n]* float ", text)) == capped  # those of tails and labels
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [(torch.float32, None), (torch.bfloat16, "stochastic")]
+)
+def test_random_rounding_of_vectors(
+    dtype: torch.dtype, rounding: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hash of an update is computed in vectors of words of 32 bits, as the update is."""
+    loop = multi_tensor.update_all
+    monkeypatch.setattr(loop, "_cache", caching.NullCache())
+    loop.overloads.clear()
+    for known in (compiler.specialise, multi_tensor.launcher):
+        known.cache_clear()
+    param = torch.nn.Parameter(torch.ones(640, dtype=dtype))
+    param.grad = torch.ones_like(param)
+    fastopt.optim.AdamW([param], state_dtype=torch.bfloat16, rounding=rounding).step()
+    (text,) = loop.inspect_llvm().values()
+    assert re.search(r"mul <\d+ x i32>", text)
+    assert not re.search(r"<\d+ x i64>", text)
+    assert re.search(r"fdiv[^\n]* <\d+ x float>", text)

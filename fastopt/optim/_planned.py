@@ -37,7 +37,7 @@ _check_capture: Callable[[Optimizer], None] = (
 
 
 class PlannedStep(Rounded):
-    """Mixin in front of a torch optimizer class; overrides `step` alone.
+    """Mixin in front of a torch optimizer class; overrides `step`, and what `Rounded` has.
 
     A subclass says how its hyperparameters become a record, and which states it has.
     Groups, state layout, checkpoints, validation and `repr` stay torch's. The plan is no

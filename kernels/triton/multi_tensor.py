@@ -150,15 +150,15 @@ class Launches:
                 np.zeros((len(self._scalars), len(t.row_of))),
             )
         )
-        self._write_rows()
+        if self._drawn:
+            self._write_rows()
         self._constants = self._empty_constants()
         self._stream = current_stream(t.device)
 
     def _write_rows(self) -> None:
         """Of random numbers the streams' two words, behind each tensor's row a line each."""
-        t = self._tables
-        if t.streams is not None:
-            self._row_of.host[:] = t.row_of, t.streams & MASK, t.streams >> 32 & MASK
+        t: Any = self._tables
+        self._row_of.host[:] = t.row_of, t.streams & MASK, t.streams >> 32 & MASK
 
     def _count_blocks(self) -> None:
         """Write down which program has which block; tensors without a gradient have none."""
@@ -280,10 +280,11 @@ class Launches:
         uploads, hypers = self._hypers.uploads, self._hypers.current()
         for row, field, value in t.traced:
             hypers[row, field].copy_(value.reshape(()))
-        self._write_rows()
         changed = anew or uploads != self._hypers.uploads or bool(t.traced)
         if steps is None and not self._per_step and not changed:
             return
+        if self._drawn:
+            self._write_rows()
         launch(
             derive, (-(-len(t.row_of) // 128),), t.device, 128, hypers, self._row_of.current(),
             steps, behind, step, scalars, found_inf, constants, len(t.row_of), STEP=self._step,
