@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as theirs
 from cases import FLOATS
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 import fastopt
 import fastopt.nn.functional as ours
@@ -149,6 +151,81 @@ def test_gradients_left_behind(name: str, dtype: torch.dtype, counts: Counts) ->
         torchs = getattr(theirs, name)(leaf, second)
         torch.testing.assert_close(grad, torch.autograd.grad(torchs, leaf, scaled)[0])
     assert handed == 6
+
+
+#: Sizes, and of how many numbers a position's statistics are there.
+SOFTMAX: dict[str, tuple[tuple[int, ...], int, int]] = {
+    "rows": ((40, 5000), 3, 1),
+    "a row": ((5000,), 3, 1),
+    "tiles": ((64, 10), 1, 1),
+    "planes": ((4, 7, 33), 1, 1),
+    "few long rows": ((3, 70_000), 35, 3),
+}
+
+
+@pytest.mark.parametrize(("soft", "weighted", "smoothing", "options"), [
+    (False, False, 0.0, {}),
+    (False, True, 0.1, {"softcap": 3.0, "z_loss": 0.01}),
+    (True, True, 0.1, {}),
+    (True, False, 0.0, {"softcap": 3.0}),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", SOFTMAX)
+def test_statistics_left_behind(
+    sizes: str, dtype: torch.dtype, soft: bool, weighted: bool, smoothing: float,
+    options: dict[str, float], counts: Counts,
+) -> None:  # fmt: skip
+    """Gradients of them are those that a forward pass leaves, to the bit, and they are few."""
+    shape, tops, totals = SOFTMAX[sizes]
+    classes, places = shape[min(1, len(shape) - 1)], shape[:1] * (len(shape) > 1) + shape[2:]
+    x = torch.randn(shape).mul(5)
+    x.view(-1)[:3] = torch.tensor([-math.inf, 80.0, -80.0])
+    second = torch.rand(shape).to(dtype) if soft else torch.randint(classes, places)
+    if not soft and places:
+        second.view(-1)[1] = -100
+    found = []
+    for hooked in (False, True):
+        leaves = [t.detach().requires_grad_() for t in (x.to(dtype), second)[: 1 + soft]]
+        saved: list[Tensor] = []
+
+        def pack(t: Tensor, saved: list[Tensor] = saved) -> Tensor:
+            saved.append(t)
+            return t
+
+        with saved_tensors_hooks(pack, lambda t: t) if hooked else nullcontext():
+            loss = ours.cross_entropy(
+                leaves[0], leaves[1] if soft else second, torch.arange(1.0, classes + 1).to(dtype)
+                if weighted else None, label_smoothing=smoothing, **options,
+            )  # fmt: skip
+        if hooked:
+            rows = max(math.prod(places), 1)
+            sizes_of = [t.numel() for t in saved[2 + weighted :]]
+            assert sizes_of == [tops * rows, totals * rows]
+        found.append(torch.autograd.grad(loss, leaves))
+        assert counts.take() == ((0, 1) if hooked else (1, 0))
+    for left, computed in zip(*found, strict=True):
+        assert not torch.equal(left, torch.zeros_like(left))
+        torch.testing.assert_close(left, computed, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("sizes", SOFTMAX)
+def test_statistics_are_used(sizes: str) -> None:
+    """A backward pass that finds other sums of exponentials has other gradients."""
+    shape, *_ = SOFTMAX[sizes]
+    classes, places = shape[min(1, len(shape) - 1)], shape[:1] * (len(shape) > 1) + shape[2:]
+    x, target = torch.randn(shape).requires_grad_(), torch.randint(classes, places)
+
+    def unpack(t: Tensor) -> Tensor:
+        return t * 2 if t.dtype == torch.float64 else t
+
+    with saved_tensors_hooks(lambda t: t, unpack):
+        loss = ours.cross_entropy(x, target, reduction="sum")
+    (grad,) = torch.autograd.grad(loss, x)
+    leaf = x.detach().double().requires_grad_()
+    (right,) = torch.autograd.grad(theirs.cross_entropy(leaf, target, reduction="sum"), leaf)
+    hard = torch.nn.functional.one_hot(target, classes)
+    hard = hard.movedim(-1, min(1, len(shape) - 1))
+    torch.testing.assert_close(grad.double(), (right + hard) / 2 - hard, rtol=1e-5, atol=1e-7)
 
 
 def loops() -> dict[str, tuple[Callable[[int], float], Callable[[int], int]]]:

@@ -30,7 +30,7 @@ from ..reference import out_of_bounds
 from . import memory
 from .compiler import dtype_name, optional_pointer, pointer, specialise
 from .pointer import LINE
-from .softmax import EACH, NOTHING, SUM, check_targets
+from .softmax import EACH, GIVEN, KEPT, NOTHING, SCRATCH, SUM, check_targets
 from .softmax_long import SEGMENT, softmax_long
 from .softmax_rows import BLOCK, GROUP, apart, softmax_rows
 from .softmax_tiles import softmax_tiles
@@ -171,20 +171,43 @@ def _launcher(
     scratch += [pointer("float64", k, "float64") for k in range(15, 20)]
     double, number = types.float64, getattr(types, compute)
     extras = (number if capped else types.none, double if squared else types.none)
+    kept_tops, kept_totals = pointer(compute, 21, compute), pointer("float64", 22, "float64")
     if loop is not softmax_tiles:
         exps = types.none if not over and _in_place(dtypes[0], dtypes[6]) else scratch[1]
         lines = scratch[5:8] if loop is softmax_rows else scratch[5:9]
-        last = (double, double, number, *extras, *[types.intp] * 10)
-        return Launcher(loop, *slots, double, scratch[0], exps, *lines, *last)
+        last = (double, double, number, *extras, *[types.intp] * 11)
+        return Launcher(loop, *slots, double, scratch[0], exps, kept_totals, *lines, *last)
     del slots[7], slots[2]
     free = pointer("int64", 2), pointer(compute, 7, compute) if capped else types.none
-    last = (double, double, double, number, *extras, *[types.intp] * 14)
-    return Launcher(loop, *slots, double, *free, *scratch, *last)
+    last = (double, double, double, number, *extras, *[types.intp] * 15)
+    return Launcher(loop, *slots, double, *free, *scratch, kept_tops, kept_totals, *last)
 
 
 def _in_place(input: torch.dtype | None, grad: torch.dtype | None) -> bool:
     """Whether a gradient's memory can hold intermediate numbers, or none is wanted."""
     return grad is None or (grad == input and grad.itemsize > 2)
+
+
+def _loop_of(call: _Call) -> Any:
+    x = call.axis
+    if x.class_stride != 1 or (
+        call.target is not None and x.classes < LONG_ROW[call.input.itemsize]
+    ):
+        return softmax_tiles
+    few = x.outer * x.inner < FEW_ROWS and x.classes > 2 * SEGMENT
+    return softmax_long if few else softmax_rows
+
+
+def _empty_statistics(call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the rows' maxima and sums of exponentials, of which a long row has several."""
+    loop, rows, classes = _loop_of(call), call.axis.outer * call.axis.inner, call.axis.classes
+    tops = 1 if loop is softmax_tiles else -(-classes // BLOCK)
+    totals = -(-classes // SEGMENT) if loop is softmax_long else 1
+    compute = torch.float64 if call.input.dtype == torch.float64 else torch.float32
+    return (
+        torch.empty(rows * tops, dtype=compute, device="cpu"),
+        torch.empty(rows * totals, dtype=torch.float64, device="cpu"),
+    )
 
 
 def run(
@@ -195,12 +218,15 @@ def run(
     loss: torch.Tensor | None,
     scale: float,
     t_grad: torch.Tensor | None = None,
+    statistics: int = SCRATCH,
+    kept: tuple[torch.Tensor | None, ...] = (),
 ) -> None:
     """Compute the positions' losses, or their sum, and the gradients, each if wanted.
 
     grad may be the logits themselves; t_grad is that of the probabilities. A gradient is scale *
     upstream[position] times the derivative of a position's loss, or scale times it without
-    upstream; loss is the sum of the losses over the denominator.
+    upstream; loss is the sum of the losses over the denominator. kept is what
+    `_empty_statistics` gives, unless statistics are scratch.
 
     Raises:
         IndexError: a class index was out of range when it was used.
@@ -225,32 +251,30 @@ def run(
     dtypes[9] = dtypes[9] or dtypes[8] or call.input.dtype
     if not step:
         dtypes[8], addresses[8] = dtypes[9], _AT[dtypes[9]]
-    by_row = x.class_stride == 1 and (
-        x.classes >= LONG_ROW[call.input.itemsize] or call.target is None
-    )
-    shared = by_row and rows < FEW_ROWS and x.classes > 2 * SEGMENT
-    pieces = max(rows * -(-x.classes // SEGMENT) if shared else rows, 1)
+    loop = _loop_of(call)
+    pieces = max(rows * -(-x.classes // SEGMENT) if loop is softmax_long else rows, 1)
     parts = min(parts_for(rows * x.classes, GRAIN), pieces)
     size = 8 if call.input.dtype == torch.float64 else 4
-    if by_row:
+    kept_tops, kept_totals = [t.data_ptr() for t in kept if t is not None] or (0, 0)
+    if loop is not softmax_tiles:
         t = x if call.probability is None else _axis(call.probability)
-        loop, lines, line, copies = softmax_rows, 3, parts * GROUP, parts
-        if shared:
-            loop, lines, line, copies = softmax_long, 4, pieces, rows
+        lines, line, copies = 3, parts * GROUP, parts
+        if loop is softmax_long:
+            lines, line, copies = 4, pieces, rows
         # Logits that the gradient is written over have to be there until all of a row are read.
         in_place = not over and _in_place(dtypes[0], dtypes[6])
         blocks, row = (apart.py_func(n) for n in (-(-x.classes // BLOCK), x.classes))
-        kept = copies * (blocks + (not in_place) * row) * size
-        bad, held = memory.scratch(LINE + ends + 8 * lines * line + kept)
+        of_rows = copies * (blocks + (not in_place) * row) * size
+        bad, held = memory.scratch(LINE + ends + 8 * lines * line + of_rows)
         start = bad + LINE
         addresses[5], addresses[9] = addresses[5] or start, addresses[9] or bad + 8
         sums = range(start + ends, start + ends + 8 * lines * line, 8 * line)
         shifts = start + ends + 8 * lines * line
         exps = None if in_place else shifts + copies * blocks * size
         good = _launcher(loop, *form, *dtypes)(
-            parts, *addresses, bad, divisor, shifts, exps, *sums, call.hard, scale, 0.0, *extras,
-            wanted, step, call.ignore_index, x.classes, x.inner, rows, x.outer_stride,
-            x.inner_stride, t.outer_stride, t.inner_stride,
+            parts, *addresses, bad, divisor, kept_tops or shifts, exps, kept_totals, *sums,
+            call.hard, scale, 0.0, *extras, statistics, wanted, step, call.ignore_index, x.classes,
+            x.inner, rows, x.outer_stride, x.inner_stride, t.outer_stride, t.inner_stride,
         )  # fmt: skip
         del held
         if not good:
@@ -272,10 +296,10 @@ def run(
     g = dense_axis(x)
     del addresses[7], addresses[2]
     good = _launcher(softmax_tiles, *form, *dtypes)(
-        parts, *addresses, bad, divisor, start, slopes, *columns, call.hard, mass, scale, 0.0,
-        *extras, wanted, step, call.ignore_index, x.classes, x.inner, rows, x.outer_stride,
-        x.inner_stride, x.class_stride, g.outer_stride, g.inner_stride, g.class_stride, width,
-        pitch,
+        parts, *addresses, bad, divisor, start, slopes, *columns, kept_tops, kept_totals,
+        call.hard, mass, scale, 0.0, *extras, statistics, wanted, step, call.ignore_index,
+        x.classes, x.inner, rows, x.outer_stride, x.inner_stride, x.class_stride, g.outer_stride,
+        g.inner_stride, g.class_stride, width, pitch,
     )  # fmt: skip
     del held
     if not good:
@@ -309,19 +333,25 @@ def _empty_gradient(input: torch.Tensor, x: ClassAxis) -> torch.Tensor:
 
 def forward(
     options: Options, tensors: tuple[torch.Tensor | None, ...], needs: tuple[bool, ...]
-) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...] | None, tuple[()]]:
-    """The loss, and its gradients for the grad_output expected; None if there is none."""
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...] | None, tuple[torch.Tensor, ...]]:
+    """The loss, and its gradients for the grad_output expected.
+
+    None if there is none: `backward` then computes them from the rows' statistics, which are kept.
+    """
     call = prepare(options, tensors)
+    expected = options.grad_output
+    statistics, kept = SCRATCH, ()
+    if any(needs) and (expected is None or options.reduction == "none") and call.input.numel():
+        statistics, kept = KEPT, _empty_statistics(call)
     if options.reduction == "none":
         shape = call.input.shape[:1] + call.input.shape[2:] if call.input.dim() > 1 else ()
         losses = memory.empty(tuple(shape), options.dtype)
-        run(call, losses, None, None, None, 1.0)
-        return losses, None, ()
+        run(call, losses, None, None, None, 1.0, None, statistics, kept)
+        return losses, None, kept
     loss = torch.empty((), dtype=options.dtype, device="cpu")
-    expected = options.grad_output
     if expected is None or not any(needs):
-        run(call, None, None, None, loss, 0.0)
-        return loss, None, ()
+        run(call, None, None, None, loss, 0.0, None, statistics, kept)
+        return loss, None, kept
     grad, t_grad = grads = [
         _empty_gradient(call.input, call.axis) if need else None for need in needs[:2]
     ]
@@ -333,20 +363,20 @@ def backward(
     options: Options,
     tensors: tuple[torch.Tensor | None, ...],
     grads: tuple[torch.Tensor | None, ...] | None,
-    kept: tuple[()],
+    kept: tuple[torch.Tensor | None, ...],
     grad_output: torch.Tensor,
     needs: tuple[bool, ...],
 ) -> tuple[torch.Tensor | None, ...]:
-    """The gradients for any grad_output, computed anew from the inputs."""
-    call = prepare(options, tensors)
+    """The gradients for any grad_output, computed from the inputs and what `forward` has kept."""
+    call, statistics = prepare(options, tensors), GIVEN if kept else SCRATCH
     grad, t_grad, _ = grads or [
         _empty_gradient(call.input, call.axis) if need else None for need in needs
     ]
     if options.reduction == "none":
-        run(call, None, grad, grad_output.contiguous(), None, 1.0, t_grad)
+        run(call, None, grad, grad_output.contiguous(), None, 1.0, t_grad, statistics, kept)
     else:
         scale = grad_output.item() * inverse(call.denominator)
-        run(call, None, grad, None, None, scale, t_grad)
+        run(call, None, grad, None, None, scale, t_grad, statistics, kept)
     return grad, t_grad, None
 
 

@@ -17,7 +17,7 @@ from numba.extending import NativeValue, intrinsic, models, register_model, unbo
 
 from ..rounding import NEAREST
 
-SLOTS = 21
+SLOTS = 23
 BYTE = ir.IntType(8)
 IR = {
     "float64": ir.DoubleType(),

@@ -88,6 +88,9 @@ def pull_of(mass: float, z_loss: Any, top: Any, total: float) -> float:
 
 # What a call wants of the positions' losses: nothing, their sum, each.
 NOTHING, SUM, EACH = 0, 1, 2
+# What becomes of a row's statistics, its maxima and the sum of its exponentials: they are scratch,
+# or kept for a backward pass, or given by the forward pass.
+SCRATCH, KEPT, GIVEN = 0, 1, 2
 
 
 @kernel

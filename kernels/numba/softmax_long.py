@@ -16,6 +16,8 @@ from .pointer import load, store
 from .reduction import sum_all
 from .softmax import (
     EACH,
+    GIVEN,
+    KEPT,
     NOTHING,
     SUM,
     cap_slope,
@@ -30,6 +32,7 @@ from .softmax import (
 )
 from .softmax_rows import (
     BLOCK,
+    exponential,
     row_coefficients,
     row_gradient,
     since,
@@ -71,9 +74,9 @@ def combine(
 @kernel
 def statistics_part(
     part: int, parts: int, x: Any, probability: Any, weight: Any, smooth: Any, grad: Any,
-    shifts: Any, exps: Any, tops: Any, totals: Any, masses: Any, dots: Any, zero: Any,
-    softcap: Any, classes: int, inner: int, rows: int, x_outer: int, x_inner: int, t_outer: int,
-    t_inner: int,
+    shifts: Any, exps: Any, kept_totals: Any, tops: Any, totals: Any, masses: Any, dots: Any,
+    zero: Any, softcap: Any, statistics: int, classes: int, inner: int, rows: int, x_outer: int,
+    x_inner: int, t_outer: int, t_inner: int,
 ) -> None:  # fmt: skip
     blocks, segments = (classes + BLOCK - 1) // BLOCK, (classes + SEGMENT - 1) // SEGMENT
     pieces = rows * segments
@@ -83,7 +86,10 @@ def statistics_part(
         row = r // inner * x_outer + r % inner * x_inner
         base = r // inner * t_outer + r % inner * t_inner
         at, first = r * classes, r * blocks
-        if exps is None:
+        if statistics == GIVEN:
+            top = load(shifts, first + (end - 1) // BLOCK)
+            total = load(kept_totals, piece)
+        elif exps is None:
             top, total = softmax_statistics(
                 x, row, begin, end, softcap, zero, grad, at, shifts, first, None
             )  # fmt: skip
@@ -94,6 +100,8 @@ def statistics_part(
         mass, dot = row_coefficients(
             x, row, softcap, probability, weight, smooth, base, begin, end, reference(top)
         )  # fmt: skip
+        if statistics == KEPT:
+            store(kept_totals, piece, total)
         store(tops, piece, np.float64(top))
         store(totals, piece, total)
         store(masses, piece, mass)
@@ -121,8 +129,8 @@ def target_part(
 def gradient_part(
     part: int, parts: int, x: Any, target: Any, probability: Any, weight: Any, smooth: Any,
     grad: Any, bad: Any, shifts: Any, exps: Any, tops: Any, totals: Any, masses: Any, dots: Any,
-    zero: Any, softcap: Any, ignore_index: int, classes: int, inner: int, rows: int, x_outer: int,
-    x_inner: int, t_outer: int, t_inner: int,
+    zero: Any, softcap: Any, statistics: int, ignore_index: int, classes: int, inner: int,
+    rows: int, x_outer: int, x_inner: int, t_outer: int, t_inner: int,
 ) -> None:  # fmt: skip
     blocks, segments = (classes + BLOCK - 1) // BLOCK, (classes + SEGMENT - 1) // SEGMENT
     pieces = rows * segments
@@ -140,6 +148,7 @@ def gradient_part(
             row_gradient(
                 x, row, softcap, exps, at, shifts, r * blocks, probability, weight, smooth, base,
                 grad, at, begin, end, load(tops, s), load(totals, s), cast(load(masses, s), zero),
+                statistics == GIVEN,
             )  # fmt: skip
             if begin <= label < end:
                 store(grad, at + label, cast(load(dots, s), zero))
@@ -151,11 +160,14 @@ def gradient_part(
 def softmax_long(
     parts: int, x: Any, target: Any, probability: Any, weight: Any, smooth: Any, losses: Any,
     grad: Any, t_grad: Any, upstream: Any, out: Any, bad: Any, divisor: float, shifts: Any,
-    exps: Any, tops: Any, totals: Any, masses: Any, dots: Any, hard: float, scale: float,
-    zero: Any, softcap: Any, z_loss: Any, wanted: int, step: int, ignore_index: int, classes: int,
-    inner: int, rows: int, x_outer: int, x_inner: int, t_outer: int, t_inner: int,
+    exps: Any, kept_totals: Any, tops: Any, totals: Any, masses: Any, dots: Any, hard: float,
+    scale: float, zero: Any, softcap: Any, z_loss: Any, statistics: int, wanted: int, step: int,
+    ignore_index: int, classes: int, inner: int, rows: int, x_outer: int, x_inner: int,
+    t_outer: int, t_inner: int,
 ) -> bool:  # fmt: skip
     """Arguments: see cross_entropy.run and softmax_rows. Whether all class indices were in range.
+
+    kept_totals has a number for every segment, unless statistics are scratch.
 
     Scratch memory: shifts, for every block; exps, for every class, or None if the gradient's own
     memory can hold them; tops, totals, masses and dots, for every segment.
@@ -163,8 +175,8 @@ def softmax_long(
     blocks, segments = (classes + BLOCK - 1) // BLOCK, (classes + SEGMENT - 1) // SEGMENT
     store(bad, 0, 0)
     on_threads(statistics_part, parts, (
-        x, probability, weight, smooth, grad, shifts, exps, tops, totals, masses, dots, zero,
-        softcap, classes, inner, rows, x_outer, x_inner, t_outer, t_inner,
+        x, probability, weight, smooth, grad, shifts, exps, kept_totals, tops, totals, masses, dots,
+        zero, softcap, statistics, classes, inner, rows, x_outer, x_inner, t_outer, t_inner,
     ))  # fmt: skip
     for r in range(rows):
         s = r * segments
@@ -187,8 +199,12 @@ def softmax_long(
             pull = pull_of(mass + share, z_loss, top, total)
             factor = scale * np.float64(load(upstream, r * step))
             if target is not None and grad is not None:
-                e = load(grad, at + label) if exps is None else load(exps, at + label)
-                p = np.float64(e) * since(load(shifts, r * blocks + label // BLOCK), top) / total
+                shift = load(shifts, r * blocks + label // BLOCK)
+                if statistics == GIVEN:
+                    e = exponential(x, row + label, softcap, shift)
+                else:
+                    e = load(grad, at + label) if exps is None else load(exps, at + label)
+                p = np.float64(e) * since(shift, top) / total
                 g = factor * chosen_gradient(p, share, pull, label_smooth)
                 if softcap is not None:
                     g *= np.float64(cap_slope(load(x, row + label), softcap))
@@ -209,8 +225,8 @@ def softmax_long(
     if grad is not None:
         on_threads(gradient_part, parts, (
             x, target, probability, weight, smooth, grad, bad, shifts, exps, tops, totals, masses,
-            dots, zero, softcap, ignore_index, classes, inner, rows, x_outer, x_inner, t_outer,
-            t_inner,
+            dots, zero, softcap, statistics, ignore_index, classes, inner, rows, x_outer, x_inner,
+            t_outer, t_inner,
         ))  # fmt: skip
     if wanted == EACH:
         give_each(out, losses, 0, rows)

@@ -3,7 +3,8 @@
 A row is read from memory once: block by block, while a block is in L1, the maximum so far, the
 exponentials and their sum. Where a gradient is wanted the exponentials stay (in its own place,
 or, where it is of lower precision, in scratch memory), each block's of the maximum of its time,
-so that what is left to do is one multiplication an element.
+so that what is left to do is one multiplication an element. Where a forward pass has left these
+maxima and the sum behind, the gradient is computed at once, from the same exponentials.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from .pointer import from_bits, load, load_bits, per_line, prefetch, store
 from .reduction import sum_all
 from .softmax import (
     EACH,
+    GIVEN,
+    KEPT,
     NOTHING,
     SUM,
     cap_slope,
@@ -114,7 +117,7 @@ def softmax_statistics(
         # while all is -inf, anything finite will do: (-inf) - (-inf) is NaN
         shift = top if top > lowest else zero
         total += block_sum_exp(x, row + c, row + stop, softcap, shift, exps, out + c, scale)
-        if exps is not None:
+        if shifts is not None:
             store(shifts, first + c // BLOCK, top)
     return top, total
 
@@ -166,15 +169,26 @@ def row_coefficients(
     return mass, dot
 
 
+@inlined
+def exponential(x: Any, place: int, softcap: Any, shift: Any) -> Any:
+    """What `softmax_statistics` has made of a logit, where shift is the maximum of that time."""
+    counted = shift if shift > -np.inf else cast(0, shift)
+    return exp_below_one(capped(load(x, place), softcap) - counted)
+
+
 @kernel
 def block_gradient(
-    x: Any, row: int, softcap: Any, exps: Any, at: int, probability: Any, weight: Any, smooth: Any,
-    base: int, grad: Any, out: int, begin: int, end: int, softmax_scale: Any, scale: Any,
+    x: Any, row: int, softcap: Any, exps: Any, at: int, shift: Any, probability: Any, weight: Any,
+    smooth: Any, base: int, grad: Any, out: int, begin: int, end: int, softmax_scale: Any,
+    scale: Any,
 ) -> None:  # fmt: skip
+    """The gradients of a block; shift is None where its exponentials are there."""
     zero = cast(0, scale)
     for c in range(begin, end):
-        # exps is None where the gradient's own memory has them
-        e = load(grad, out + c) if exps is None else load(exps, at + c)
+        if shift is not None:
+            e = exponential(x, row + c, softcap, shift)
+        else:  # exps is None where the gradient's own memory has them
+            e = load(grad, out + c) if exps is None else load(exps, at + c)
         g = e * softmax_scale
         if smooth is not None or probability is not None:
             g = g - coefficient(probability, weight, smooth, base, c, zero) * scale
@@ -193,14 +207,22 @@ def since(shift: Any, top: Any) -> float:
 def row_gradient(
     x: Any, row: int, softcap: Any, exps: Any, at: int, shifts: Any, first: int, probability: Any,
     weight: Any, smooth: Any, base: int, grad: Any, out: int, begin: int, end: int, top: Any,
-    softmax_scale: float, scale: Any,
+    softmax_scale: float, scale: Any, given: bool,
 ) -> None:  # fmt: skip
+    """given: whether the shifts are a forward pass's, and the exponentials not there."""
     for c in range(begin, end, BLOCK):
-        block_scale = softmax_scale * since(load(shifts, first + c // BLOCK), top)
-        block_gradient(
-            x, row, softcap, exps, at, probability, weight, smooth, base, grad, out, c,
-            min(c + BLOCK, end), cast(block_scale, scale), scale,
-        )  # fmt: skip
+        shift, stop = load(shifts, first + c // BLOCK), min(c + BLOCK, end)
+        block_scale = cast(softmax_scale * since(shift, top), scale)
+        if given:
+            block_gradient(
+                x, row, softcap, exps, at, shift, probability, weight, smooth, base, grad, out, c,
+                stop, block_scale, scale,
+            )  # fmt: skip
+        else:
+            block_gradient(
+                x, row, softcap, exps, at, None, probability, weight, smooth, base, grad, out, c,
+                stop, block_scale, scale,
+            )  # fmt: skip
 
 
 @kernel
@@ -239,11 +261,12 @@ def losses_of(
 def softmax_rows_part(
     part: int, parts: int, x: Any, target: Any, probability: Any, weight: Any, smooth: Any,
     losses: Any, grad: Any, t_grad: Any, upstream: Any, bad: Any, shifts: Any, exps: Any,
-    out: Any, plain: Any, masses: Any, totals: Any, hard: float, scale: float, zero: Any,
-    softcap: Any, z_loss: Any, wanted: int, step: int, ignore_index: int, classes: int, inner: int,
-    rows: int, x_outer: int, x_inner: int, t_outer: int, t_inner: int,
+    kept_totals: Any, out: Any, plain: Any, masses: Any, totals: Any, hard: float, scale: float,
+    zero: Any, softcap: Any, z_loss: Any, statistics: int, wanted: int, step: int,
+    ignore_index: int, classes: int, inner: int, rows: int, x_outer: int, x_inner: int,
+    t_outer: int, t_inner: int,
 ) -> None:  # fmt: skip
-    blocks = (classes + BLOCK - 1) // BLOCK
+    blocks, given = (classes + BLOCK - 1) // BLOCK, statistics == GIVEN
     first, kept = part * apart(blocks), part * apart(classes)
     end, group = (part + 1) * rows // parts, part * GROUP
     start = part * rows // parts
@@ -254,18 +277,23 @@ def softmax_rows_part(
         if target is not None:
             label = read_label(target, r, ignore_index, classes, bad)
             counts = label >= 0
+        if statistics:
+            first = r * blocks
         value, mass, total = 0.0, 0.0, 1.0
         if counts:
-            if exps is None:
-                at = r * classes
+            at = r * classes if exps is None else kept
+            if given:
+                top, total = load(shifts, first + blocks - 1), load(kept_totals, r)
+            elif exps is None:
                 top, total = softmax_statistics(
                     x, row, 0, classes, softcap, zero, grad, at, shifts, first, None
                 )  # fmt: skip
             else:
-                at = kept
                 top, total = softmax_statistics(
                     x, row, 0, classes, softcap, zero, exps, at, shifts, first, None
                 )  # fmt: skip
+            if statistics == KEPT:
+                store(kept_totals, r, total)
             mass, dot = row_coefficients(
                 x, row, softcap, probability, weight, smooth, base, 0, classes, top
             )  # fmt: skip
@@ -285,15 +313,18 @@ def softmax_rows_part(
             if grad is not None:
                 pull, g = pull_of(mass + share, z_loss, top, total), 0.0
                 if target is not None:
-                    e = load(grad, at + label) if exps is None else load(exps, at + label)
                     shift = load(shifts, first + label // BLOCK)
+                    if given:
+                        e = exponential(x, row + label, softcap, shift)
+                    else:
+                        e = load(grad, at + label) if exps is None else load(exps, at + label)
                     p = np.float64(e) * since(shift, top) / total
                     g = factor * chosen_gradient(p, share, pull, label_smooth)
                     if softcap is not None:
                         g *= np.float64(cap_slope(load(x, row + label), softcap))
                 row_gradient(
                     x, row, softcap, exps, at, shifts, first, probability, weight, smooth, base,
-                    grad, g_row, 0, classes, top, factor * pull / total, cast(factor, zero),
+                    grad, g_row, 0, classes, top, factor * pull / total, cast(factor, zero), given,
                 )  # fmt: skip
                 if target is not None:
                     store(grad, g_row + label, cast(g, zero))
@@ -315,16 +346,18 @@ def softmax_rows_part(
 def softmax_rows(
     parts: int, x: Any, target: Any, probability: Any, weight: Any, smooth: Any, losses: Any,
     grad: Any, t_grad: Any, upstream: Any, out: Any, bad: Any, divisor: float, shifts: Any,
-    exps: Any, plain: Any, masses: Any, totals: Any, hard: float, scale: float, zero: Any,
-    softcap: Any, z_loss: Any, wanted: int, step: int, ignore_index: int, classes: int, inner: int,
-    rows: int, x_outer: int, x_inner: int, t_outer: int, t_inner: int,
+    exps: Any, kept_totals: Any, plain: Any, masses: Any, totals: Any, hard: float, scale: float,
+    zero: Any, softcap: Any, z_loss: Any, statistics: int, wanted: int, step: int,
+    ignore_index: int, classes: int, inner: int, rows: int, x_outer: int, x_inner: int,
+    t_outer: int, t_inner: int,
 ) -> bool:  # fmt: skip
     """Arguments: see cross_entropy.run. Whether all class indices were in range.
 
     losses has room for every position's; out gets what is `wanted` of them; upstream is one number
     for all positions (step 0) or one for each (step 1).
 
-    softcap and z_loss are None where there are none.
+    softcap and z_loss are None where there are none. statistics: what becomes of them. Unless
+    they are scratch, shifts has the number of its blocks for each row, and kept_totals one.
 
     Scratch memory: shifts, the number of its blocks a part, and exps, a row a part, or None if
     the gradient's own memory can hold them, both `apart`; plain, masses and totals, GROUP a part.
@@ -332,8 +365,8 @@ def softmax_rows(
     store(bad, 0, 0)
     on_threads(softmax_rows_part, parts, (
         x, target, probability, weight, smooth, losses, grad, t_grad, upstream, bad, shifts, exps,
-        out, plain, masses, totals, hard, scale, zero, softcap, z_loss, wanted, step, ignore_index,
-        classes, inner, rows, x_outer, x_inner, t_outer, t_inner,
+        kept_totals, out, plain, masses, totals, hard, scale, zero, softcap, z_loss, statistics,
+        wanted, step, ignore_index, classes, inner, rows, x_outer, x_inner, t_outer, t_inner,
     ))  # fmt: skip
     if wanted == SUM:
         store(out, 0, sum_all(losses, rows) / divisor)

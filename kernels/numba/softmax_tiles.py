@@ -16,6 +16,8 @@ from .pointer import SIDE, load, store, turn
 from .reduction import sum_all
 from .softmax import (
     EACH,
+    GIVEN,
+    KEPT,
     NOTHING,
     SUM,
     cap_slope,
@@ -111,6 +113,21 @@ def column_sums(
                 store(sums, t + j, load(sums, t + j) + e if c > begin else e)
         for j in range(count):
             store(totals, t + j, load(totals, t + j) + np.float64(load(sums, t + j)))
+
+
+@kernel
+def column_exponentials(
+    tile: Any, at: int, pitch: int, count: int, classes: int, tops: Any, totals: Any, t: int,
+    kept_tops: Any, kept_totals: Any, r: int,
+) -> None:  # fmt: skip
+    """What `column_max` and `column_sums` have left behind in the forward pass."""
+    for j in range(count):
+        store(tops, t + j, load(kept_tops, r + j))
+        store(totals, t + j, load(kept_totals, r + j))
+    for c in range(classes):
+        for j in range(count):
+            k = at + c * pitch + j
+            store(tile, k, exp_below_one(load(tile, k) - load(tops, t + j)))
 
 
 @kernel
@@ -245,9 +262,10 @@ def tiles_part(
     part: int, parts: int, x: Any, target: Any, weight: Any, smooth: Any, losses: Any, grad: Any,
     upstream: Any, out: Any, bad: Any, labels: Any, slopes: Any, tile: Any, tops: Any, sums: Any,
     chosen: Any, exps: Any, totals: Any, dots: Any, shares: Any, masses: Any, smooths: Any,
-    hard: float, mass: float, scale: float, zero: Any, softcap: Any, z_loss: Any, wanted: int,
-    step: int, ignore_index: int, classes: int, inner: int, rows: int, x_outer: int, x_inner: int,
-    x_class: int, g_outer: int, g_inner: int, g_class: int, width: int, pitch: int,
+    kept_tops: Any, kept_totals: Any, hard: float, mass: float, scale: float, zero: Any,
+    softcap: Any, z_loss: Any, statistics: int, wanted: int, step: int, ignore_index: int,
+    classes: int, inner: int, rows: int, x_outer: int, x_inner: int, x_class: int, g_outer: int,
+    g_inner: int, g_class: int, width: int, pitch: int,
 ) -> None:  # fmt: skip
     per_outer = (inner + width - 1) // width
     tiles = rows // inner * per_outer
@@ -261,8 +279,17 @@ def tiles_part(
         copy_in(x, start, x_class, x_inner, tile, at, pitch, count, classes)
         if softcap is not None:
             cap_tile(tile, slopes, at, pitch, count, classes, softcap)
-        column_max(tile, at, pitch, count, classes, tops, t)
-        column_sums(tile, at, pitch, count, classes, tops, sums, totals, dots, t, smooth)
+        if statistics == GIVEN:
+            column_exponentials(
+                tile, at, pitch, count, classes, tops, totals, t, kept_tops, kept_totals, r
+            )  # fmt: skip
+        else:
+            column_max(tile, at, pitch, count, classes, tops, t)
+            column_sums(tile, at, pitch, count, classes, tops, sums, totals, dots, t, smooth)
+        if statistics == KEPT:
+            for j in range(count):
+                store(kept_tops, r + j, load(tops, t + j))
+                store(kept_totals, r + j, load(totals, t + j))
         complete = choose_labels(
             x, start, x_class, x_inner, tile, at, pitch, target, r, weight, smooth, softcap,
             hard, mass, ignore_index, bad, count, classes, labels, chosen, exps, shares, masses,
@@ -298,22 +325,24 @@ def softmax_tiles(
     parts: int, x: Any, target: Any, weight: Any, smooth: Any, losses: Any, grad: Any,
     upstream: Any, out: Any, bad: Any, divisor: float, labels: Any, slopes: Any, tile: Any,
     tops: Any, sums: Any, chosen: Any, exps: Any, totals: Any, dots: Any, shares: Any, masses: Any,
-    smooths: Any, hard: float, mass: float, scale: float, zero: Any, softcap: Any, z_loss: Any,
-    wanted: int, step: int, ignore_index: int, classes: int, inner: int, rows: int, x_outer: int,
-    x_inner: int, x_class: int, g_outer: int, g_inner: int, g_class: int, width: int, pitch: int,
+    smooths: Any, kept_tops: Any, kept_totals: Any, hard: float, mass: float, scale: float,
+    zero: Any, softcap: Any, z_loss: Any, statistics: int, wanted: int, step: int,
+    ignore_index: int, classes: int, inner: int, rows: int, x_outer: int, x_inner: int,
+    x_class: int, g_outer: int, g_inner: int, g_class: int, width: int, pitch: int,
 ) -> bool:  # fmt: skip
     """Arguments: see cross_entropy.run and softmax_rows. mass is the sum over `smooth`.
 
     Whether all class indices were in range. labels, tile, tops, sums, chosen, exps, totals, dots,
     shares, masses and smooths are scratch memory, `pitch` numbers a part (tile: a part and class),
-    of which `width` are used. slopes is another tile, None where logits aren't capped.
+    of which `width` are used. slopes is another tile, None where logits aren't capped. kept_tops
+    and kept_totals have a number for each position, unless statistics are scratch.
     """
     store(bad, 0, 0)
     on_threads(tiles_part, parts, (
         x, target, weight, smooth, losses, grad, upstream, out, bad, labels, slopes, tile, tops,
-        sums, chosen, exps, totals, dots, shares, masses, smooths, hard, mass, scale, zero, softcap,
-        z_loss, wanted, step, ignore_index, classes, inner, rows, x_outer, x_inner, x_class,
-        g_outer, g_inner, g_class, width, pitch,
+        sums, chosen, exps, totals, dots, shares, masses, smooths, kept_tops, kept_totals, hard,
+        mass, scale, zero, softcap, z_loss, statistics, wanted, step, ignore_index, classes, inner,
+        rows, x_outer, x_inner, x_class, g_outer, g_inner, g_class, width, pitch,
     ))  # fmt: skip
     if wanted == SUM:
         store(out, 0, sum_all(losses, rows) / divisor)
