@@ -340,7 +340,7 @@ def forward(
     """
     call = prepare(options, tensors)
     expected = options.grad_output
-    statistics, kept = SCRATCH, ()
+    statistics, kept = SCRATCH, tuple[torch.Tensor, ...]()
     if any(needs) and (expected is None or options.reduction == "none") and call.input.numel():
         statistics, kept = KEPT, _empty_statistics(call)
     if options.reduction == "none":
