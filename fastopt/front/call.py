@@ -106,8 +106,10 @@ def loss(
             ):  # fmt: skip
                 return fallback(*args, **kwargs)
             values = (*args, *kwargs.values())
-            key = key_of(kwargs, values)
-            route = cache.find(key)
+            route = cache.recognise(kwargs, values)
+            if route is None:
+                key = key_of(kwargs, values)
+                route = cache.find(key, kwargs, values)
             if route is None:
                 if torch.compiler.is_compiling():  # by torch.export, which has no Dynamo here
                     return operators.call(args, kwargs)
@@ -167,8 +169,11 @@ def backend_for(
     """
     if torch.compiler.is_compiling() or tracing_state() is not None:
         return None
-    key = key_of((function,), tensors)
-    route = _routes.find(key)
+    names = (function,)
+    route = _routes.recognise(names, tensors)
+    if route is None:
+        key = key_of(names, tensors)
+        route = _routes.find(key, names, tensors)
     if route is None:
         if key is None and insisted() is None and is_foreign(tensors):
             return None

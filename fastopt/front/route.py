@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import dispatch
 from ..kernels.layout import is_released
@@ -65,6 +66,11 @@ class RouteCache:
 
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], Route] = {}
+        #: Of keys whose calls compiled code can tell from others.
+        self._recognitions: dict[tuple[Any, ...], Any] = {}
+        #: The last call's recognition, how many arguments it had by name, on which backend was
+        #: insisted, and its route.
+        self._last: tuple[Any, int, str | None, Route] | None = None
         self._expected: dict[tuple[Any, ...], Expected] = {}
         self._all.append(self)
 
@@ -74,10 +80,36 @@ class RouteCache:
         dispatch.choose.cache_clear()
         for cache in cls._all:
             cache._known.clear()
+            cache._recognitions.clear()
+            cache._last = None
             cache._expected.clear()
 
-    def find(self, key: tuple[Any, ...] | None) -> Route | None:
-        return None if key is None else self._known.get(key)
+    def recognise(self, names: Any, values: tuple[Any, ...]) -> Route | None:
+        """The last call's route, if this call is sure to be the same; arguments as of `key_of`.
+
+        Of the questions behind a key, compiled code asks all that are about tensors.
+        """
+        last = self._last
+        if last is None or autocast_somewhere() or forward_ad._current_level >= 0:
+            return None
+        recognition, count, backend, route = last
+        same = len(names) == count and insisted() == backend and recognition.fits((*values, *names))
+        return route if same else None
+
+    def find(
+        self, key: tuple[Any, ...] | None, names: Any, values: tuple[Any, ...]
+    ) -> Route | None:
+        """The route of a call whose `key_of` that is."""
+        if key is None or (route := self._known.get(key)) is None:
+            return None
+        known = hasattr(route.backend, "recognises") and route.backend.recognises()
+        if known and not autocast_somewhere():
+            recognition = self._recognitions.get(key)
+            if recognition is None:
+                recognition = route.backend.Recognition((*values, *names))
+                self._recognitions[key] = recognition
+            self._last = recognition, len(names), insisted(), route
+        return route
 
     def settle(
         self,
@@ -100,6 +132,7 @@ class RouteCache:
         if key is not None:
             if len(self._known) >= self.LIMIT:
                 self._known.clear()
+                self._recognitions.clear()
             self._known[key] = route
         return route
 

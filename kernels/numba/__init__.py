@@ -5,6 +5,7 @@ Importing this module imports numba. A backend offers `forward`, `backward`, `ba
 rows of logits (kernels/outcomes.py), `divergences` and `divergence_gradient` for two such tensors
 (kernels/distillation.py), `step_launcher` and `factored_launcher` for optimizers, `total_norm`,
 `scale_all` and `clamp_all` for gradients (described in fastopt.nn.utils.clip_grad), `empty_cache`.
+This one has a `Recognition` of calls as well, where it `recognises` any.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from .multi_tensor import launcher as step_launcher
 from .norm import clamp_all, scale_all, total_norm
 from .outcomes import gradient, outcomes
 from .pieces import Pieces
+from .recognition import Recognition
+from .recognition import available as recognises
 
 __all__ = [
-    "Pieces", "backward", "backward_alone", "clamp_all", "divergence_gradient", "divergences",
-    "early", "empty_cache", "factored_launcher", "forward", "gradient", "number_of", "outcomes",
-    "scale_all", "step_launcher", "total_norm",
+    "Pieces", "Recognition", "backward", "backward_alone", "clamp_all", "divergence_gradient",
+    "divergences", "early", "empty_cache", "factored_launcher", "forward", "gradient", "number_of",
+    "outcomes", "recognises", "scale_all", "step_launcher", "total_norm",
 ]  # fmt: skip
 
 _loops = Loops(flat, rows, cross_entropy, gather, Linear(Pieces))

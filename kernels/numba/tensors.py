@@ -37,6 +37,15 @@ _FUNCTIONS = (
     "_ZN2at6native12is_inferenceERKNS_6TensorE",
 )  # fmt: skip
 _BUMP = "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"
+#: About what is around a call, without arguments; and of the tensor's part in c10.
+_STATES = (
+    "_ZN3c104impl20TorchDispatchModeTLS9stack_lenEv",
+    "_ZN2at4impl22PythonTorchFunctionTLS9stack_lenEv",
+    "_ZN2at9functorch20getDynamicLayerStackEv",
+    "_ZNK3c1010TensorImpl13requires_gradEv",
+)
+# Places in a table of those; before, how many say by a number how many modes there are.
+MODES, LAYERS, REQUIRES_GRAD = 2, 2, 3
 # Places in a table of these functions.
 FACTS = len(_FACTS)
 DIM, SIZES, STRIDES, DATA_PTR, OFFSET, IS_NEG, IS_INFERENCE = range(FACTS - 1, FACTS + 6)
@@ -73,6 +82,17 @@ def ask_whether(typingctx: Any, function: Any, tensor: Any) -> Any:
         return builder.trunc(found, ir.IntType(1))
 
     return types.boolean(types.intp, types.intp), codegen
+
+
+@intrinsic
+def answer_of(typingctx: Any, function: Any) -> Any:
+    """The C++ function without arguments at an address, which gives a word."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(64), ()).as_pointer()
+        return builder.call(builder.inttoptr(args[0], kind), [])
+
+    return types.intp(types.intp), codegen
 
 
 @kernel
@@ -249,11 +269,13 @@ class Torch:
         suffix = {"linux": ".so", "darwin": ".dylib"}[sys.platform]
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu{suffix}"))
         self.functions = np.array([_address(library, name) for name in _FUNCTIONS], np.int64)
+        self.states = np.array([_address(library, name) for name in _STATES], np.int64)
         self.bump = _address(library, _BUMP)
         parameter = torch.nn.Parameter(torch.empty(2))
         self.type_at = _offset(parameter, id(type(parameter)))
         self.tensor_at = _offset(parameter, parameter._cdata)
         self.items_at = _items_offset()
+        self.tuple_items_at = _tuple_items_offset()
         self.storage_at = _place_in(parameter, parameter.untyped_storage()._cdata)
         self.autograd_at = _autograd_offset()
         self.scratch = np.zeros(1, np.int64)  # used under the GIL alone
@@ -271,7 +293,7 @@ def _word(address: int) -> int:
 
 def _offset(thing: object, value: int) -> int:
     """Where in an object that number is."""
-    for offset in range(0, type(thing).__basicsize__, 8):
+    for offset in range(0, type(thing).__basicsize__ + type(thing).__itemsize__, 8):
         if _word(id(thing) + offset) == value:
             return offset
     raise LookupError(f"no {value:#x} in a {type(thing).__name__}")
@@ -302,6 +324,15 @@ def _items_offset() -> int:
     items = _word(id(things) + offset)
     if [_word(items + 8 * k) for k in range(3)] != list(map(id, things)):
         raise LookupError("no array of its items in a list")
+    return offset
+
+
+def _tuple_items_offset() -> int:
+    """Where in a tuple its items are."""
+    things = (object(), object(), object())
+    offset = _offset(things, id(things[0]))
+    if [_word(id(things) + offset + 8 * k) for k in range(3)] != list(map(id, things)):
+        raise LookupError("no items in a tuple")
     return offset
 
 
