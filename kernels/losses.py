@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -82,16 +82,26 @@ class Loops(NamedTuple):
         assert input is not None
         return isinstance(loop, Linear) and loop.pieces.early(options, input.dtype)
 
+    def empty_kept(
+        self, options: Options, tensors: Tensors, needs: tuple[bool, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        """Tensors as those that `forward` keeps, where a loop knows them before it runs."""
+        loop: Any = self.of(options)
+        kept: tuple[torch.Tensor, ...] = ()
+        if hasattr(loop, "empty_kept"):
+            kept = loop.empty_kept(options, tensors, needs)
+        return kept
+
     def backward_alone(
         self,
         options: Options,
         tensors: Tensors,
         grads: Tensors | None,
+        kept: Tensors,
         grad_output: torch.Tensor,
         needs: tuple[bool, ...],
     ) -> Tensors:
-        """As `backward`, where nothing else is left of the forward pass."""
-        kept: Tensors = ()
+        """As `backward`, where of the forward pass no more is left than `empty_kept` says."""
         if getattr(self.of(options), "KEEPS", False):
             kept = self.forward(options, tensors, needs)[2]
         return self.backward(options, tensors, grads, kept, grad_output, needs)

@@ -153,7 +153,7 @@ class Operators:
         forward, backward = f"{self._name}_forward", f"{self._name}_backward"
         self._library.define(f"{forward}({arguments}) -> (Tensor, Tensor[])", tags=_EXACT)
         self._library.define(
-            f"{backward}(Tensor grad_output, Tensor[] grads, {arguments}) -> Tensor[]", tags=_EXACT
+            f"{backward}(Tensor grad_output, Tensor[] left, {arguments}) -> Tensor[]", tags=_EXACT
         )
         self._library.impl(forward, self._run_forward, "CompositeExplicitAutograd")
         self._library.impl(backward, self._run_backward, "CompositeExplicitAutograd")
@@ -179,11 +179,14 @@ class Operators:
 
     def _run_forward(self, *values: Any) -> tuple[Tensor, list[Tensor]]:
         tensors, options, backend, needs = self._call_of(values)
-        loss, grads, _ = backend.forward(options, tensors, needs)
+        loss, grads, kept = backend.forward(options, tensors, needs)
         if self._operation.checked and torch.isnan(loss).any():
             reference.loss(options, tensors)  # torch says what is wrong, if anything is
-        left = grads or (None,) * len(tensors)
-        return loss.contiguous(), _all_laid_out(left, tensors)
+        if grads is not None:
+            left = _all_laid_out(grads, tensors)
+        else:
+            left = list(kept) if backend.empty_kept(options, tensors, needs) else []
+        return loss.contiguous(), left
 
     def _fake_forward(self, *values: Any) -> tuple[Tensor, list[Tensor]]:
         tensors, options, backend, needs = self._call_of(values)
@@ -191,9 +194,9 @@ class Operators:
         assert input is not None
         shape = self._shape(tensors) if options.reduction == "none" else ()
         loss = input.new_empty(shape, dtype=options.dtype)
-        if not (any(needs) and options.grad_output and backend.early(options, tensors)):
-            return loss, []
-        return loss, _empty_gradients(tensors, needs)
+        if any(needs) and options.grad_output and backend.early(options, tensors):
+            return loss, _empty_gradients(tensors, needs)
+        return loss, list(backend.empty_kept(options, tensors, needs))
 
     def _shape(self, tensors: Tensors) -> Any:
         """Of the loss of each position."""
@@ -208,18 +211,16 @@ class Operators:
             return (*first.shape[:-1], *second.shape[1:-1])
         return first.shape[:1] * (first.dim() > 1) + first.shape[2:]
 
-    def _run_backward(self, grad_output: Tensor, grads: list[Tensor], *values: Any) -> list[Tensor]:
+    def _run_backward(self, grad_output: Tensor, left: list[Tensor], *values: Any) -> list[Tensor]:
         tensors, options, backend, needs = self._call_of(values)
-        left = None
-        if grads:
-            given = iter(grads)
-            left = tuple([next(given).clone() if need else None for need in needs])
-        found = backend.backward_alone(options, tensors, left, grad_output, needs)
+        grads, kept = None, tuple(left)
+        if left and backend.early(options, tensors):
+            given = iter(left)
+            grads, kept = tuple([next(given).clone() if need else None for need in needs]), ()
+        found = backend.backward_alone(options, tensors, grads, kept, grad_output, needs)
         return _all_laid_out(found, tensors)
 
-    def _fake_backward(
-        self, grad_output: Tensor, grads: list[Tensor], *values: Any
-    ) -> list[Tensor]:
+    def _fake_backward(self, grad_output: Tensor, left: list[Tensor], *values: Any) -> list[Tensor]:
         tensors, _, _, needs = self._call_of(values)
         return _empty_gradients(tensors, needs)
 
@@ -256,10 +257,10 @@ class _Traced(torch.autograd.Function):
         needs = ctx.needs_input_grad[3:]
         ctx.operators, ctx.options, ctx.needs = operators, options, needs
         ctx.rest = _rest(options, backend, needs)
-        loss, grads = operators.forward(*tensors, *ctx.rest)
-        left = (*tensors, *grads)
-        ctx.given = tuple([t is not None for t in left])
-        ctx.save_for_backward(*[t for t in left if t is not None])
+        loss, left = operators.forward(*tensors, *ctx.rest)
+        every = (*tensors, *left)
+        ctx.given = tuple([t is not None for t in every])
+        ctx.save_for_backward(*[t for t in every if t is not None])
         ctx.set_materialize_grads(False)
         result: Tensor = loss
         return result

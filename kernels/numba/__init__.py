@@ -1,11 +1,12 @@
 """The CPU backend: Numba kernels, one parallel region a call.
 
-Importing this module imports numba. A backend offers `forward`, `backward`, `backward_alone` and
-`early` (described in kernels/losses.py) and `number_of` for losses, `outcomes` and `gradient` for
-rows of logits (kernels/outcomes.py), `divergences` and `divergence_gradient` for two such tensors
-(kernels/distillation.py), `step_launcher` and `factored_launcher` for optimizers, `total_norm`,
-`scale_all` and `clamp_all` for gradients (described in fastopt.nn.utils.clip_grad), `empty_cache`.
-This one has a `Recognition` of calls as well, where it `recognises` any.
+Importing this module imports numba. A backend offers `forward`, `backward`, `backward_alone`,
+`early` and `empty_kept` (described in kernels/losses.py) and `number_of` for losses, `outcomes`
+and `gradient` for rows of logits (kernels/outcomes.py), `divergences` and `divergence_gradient`
+for two such tensors (kernels/distillation.py), `step_launcher` and `factored_launcher` for
+optimizers, `total_norm`, `scale_all` and `clamp_all` for gradients (described in
+fastopt.nn.utils.clip_grad), `empty_cache`. This one has a `Recognition` of calls as well, where it
+`recognises` any.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from .recognition import available as recognises
 
 __all__ = [
     "Pieces", "Recognition", "backward", "backward_alone", "clamp_all", "divergence_gradient",
-    "divergences", "early", "empty_cache", "factored_launcher", "forward", "gradient", "number_of",
-    "outcomes", "recognises", "scale_all", "step_launcher", "total_norm",
+    "divergences", "early", "empty_cache", "empty_kept", "factored_launcher", "forward",
+    "gradient", "number_of", "outcomes", "recognises", "scale_all", "step_launcher", "total_norm",
 ]  # fmt: skip
 
 _loops = Loops(flat, rows, cross_entropy, gather, Linear(Pieces))
 forward, backward = _loops.forward, _loops.backward
-early, backward_alone = _loops.early, _loops.backward_alone
+early, empty_kept, backward_alone = _loops.early, _loops.empty_kept, _loops.backward_alone
 
 
 def number_of(grad_output: torch.Tensor) -> float | None:

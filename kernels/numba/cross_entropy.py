@@ -198,15 +198,24 @@ def _loop_of(call: _Call) -> Any:
     return softmax_long if few else softmax_rows
 
 
-def _empty_statistics(call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for the rows' maxima and sums of exponentials, of which a long row has several."""
-    loop, rows, classes = _loop_of(call), call.axis.outer * call.axis.inner, call.axis.classes
-    tops = 1 if loop is softmax_tiles else -(-classes // BLOCK)
-    totals = -(-classes // SEGMENT) if loop is softmax_long else 1
-    compute = torch.float64 if call.input.dtype == torch.float64 else torch.float32
+def empty_kept(
+    options: Options, tensors: tuple[torch.Tensor | None, ...], needs: tuple[bool, ...]
+) -> tuple[torch.Tensor, ...]:
+    """Room for what `forward` keeps: the rows' maxima and sums of exponentials.
+
+    It is enough for any of the loops, and so nothing is asked of sizes, which may be symbols.
+    """
+    input = tensors[0]
+    assert input is not None
+    if not any(needs) or not (options.grad_output is None or options.reduction == "none"):
+        return ()
+    sizes = tuple(input.shape)
+    classes = sizes[min(1, len(sizes) - 1)]
+    rows = math.prod(sizes[:1] + sizes[2:]) if len(sizes) > 1 else 1
+    compute = torch.float64 if input.dtype == torch.float64 else torch.float32
     return (
-        torch.empty(rows * tops, dtype=compute, device="cpu"),
-        torch.empty(rows * totals, dtype=torch.float64, device="cpu"),
+        torch.empty(rows * (-(-classes // BLOCK)), dtype=compute, device="cpu"),
+        torch.empty(rows * (-(-classes // SEGMENT)), dtype=torch.float64, device="cpu"),
     )
 
 
@@ -225,8 +234,8 @@ def run(
 
     grad may be the logits themselves; t_grad is that of the probabilities. A gradient is scale *
     upstream[position] times the derivative of a position's loss, or scale times it without
-    upstream; loss is the sum of the losses over the denominator. kept is what
-    `_empty_statistics` gives, unless statistics are scratch.
+    upstream; loss is the sum of the losses over the denominator. kept is what `empty_kept` gives,
+    unless statistics are scratch.
 
     Raises:
         IndexError: a class index was out of range when it was used.
@@ -338,11 +347,8 @@ def forward(
 
     None if there is none: `backward` then computes them from the rows' statistics, which are kept.
     """
-    call = prepare(options, tensors)
-    expected = options.grad_output
-    statistics, kept = SCRATCH, tuple[torch.Tensor, ...]()
-    if any(needs) and (expected is None or options.reduction == "none") and call.input.numel():
-        statistics, kept = KEPT, _empty_statistics(call)
+    call, kept = prepare(options, tensors), empty_kept(options, tensors, needs)
+    expected, statistics = options.grad_output, KEPT if kept and call.input.numel() else SCRATCH
     if options.reduction == "none":
         shape = call.input.shape[:1] + call.input.shape[2:] if call.input.dim() > 1 else ()
         losses = memory.empty(tuple(shape), options.dtype)
@@ -368,7 +374,8 @@ def backward(
     needs: tuple[bool, ...],
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients for any grad_output, computed from the inputs and what `forward` has kept."""
-    call, statistics = prepare(options, tensors), GIVEN if kept else SCRATCH
+    call = prepare(options, tensors)
+    statistics = GIVEN if kept and call.input.numel() else SCRATCH
     grad, t_grad, _ = grads or [
         _empty_gradient(call.input, call.axis) if need else None for need in needs
     ]

@@ -28,8 +28,6 @@ TILE_BYTES = 1 << 16
 NARROWEST = 64
 # Positions to read, and elements of a gradient to write, for a thread to be worth it.
 POSITION_GRAIN, GRAIN = 4096, 32_768
-# `backward` wants to see what `forward` keeps.
-KEEPS = True
 
 Tensors = tuple[torch.Tensor | None, ...]
 
@@ -58,6 +56,11 @@ def _labels_and_weight(options: Options, tensors: Tensors) -> tuple[Any, Any, in
         None if weight is None else weight.contiguous(),
         record.ignore_index,
     )
+
+
+def empty_kept(options: Options, tensors: Tensors, needs: tuple[bool, ...]) -> tuple[torch.Tensor]:
+    """Room for what a mean has been divided by."""
+    return (torch.empty((), dtype=torch.float64, device="cpu"),)
 
 
 def forward(

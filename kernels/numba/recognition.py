@@ -143,7 +143,7 @@ def _is_right() -> bool:
     found.append(known.fits((other, "a")))
     with torch.overrides.BaseTorchFunctionMode():
         found.append(known.fits((one, "a")))
-    with torch.utils._python_dispatch.TorchDispatchMode():
+    with torch.utils._python_dispatch.TorchDispatchMode():  # type: ignore[no-untyped-call]
         found.append(known.fits((one, "a")))
     inside: list[bool] = []
 

@@ -24,14 +24,14 @@ from .pieces import Pieces
 
 __all__ = [
     "Pieces", "backward", "backward_alone", "clamp_all", "describe", "describe_factored",
-    "describe_step", "divergence_gradient", "divergences", "early", "empty_cache",
+    "describe_step", "divergence_gradient", "divergences", "early", "empty_cache", "empty_kept",
     "factored_launcher", "forward", "gradient", "number_of", "outcomes", "scale_all",
     "step_launcher", "total_norm",
 ]  # fmt: skip
 
 _loops = Loops(flat, rows, cross_entropy, gather, Linear(Pieces))
 forward, backward = _loops.forward, _loops.backward
-early, backward_alone = _loops.early, _loops.backward_alone
+early, empty_kept, backward_alone = _loops.early, _loops.empty_kept, _loops.backward_alone
 
 
 def number_of(grad_output: torch.Tensor) -> None:
