@@ -12,8 +12,8 @@ from torch import Tensor
 
 import fastopt
 import fastopt.nn.functional as ours
-from fastopt.kernels.numba.cross_entropy import FEW_ROWS
 from fastopt.kernels.numba.softmax_long import SEGMENT
+from fastopt.kernels.numba.softmax_schedule import FEW_ROWS
 
 CLASSES = 2 * SEGMENT + 1237
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -111,17 +111,20 @@ def test_special_logits(special: float, smoothing: float) -> None:
 
 
 def test_it_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastopt.kernels.numba import cross_entropy
+    from fastopt.kernels.numba import cross_entropy, softmax_schedule
 
     ran = []
-    launcher = cross_entropy._launcher
-    monkeypatch.setattr(
-        cross_entropy, "_launcher", lambda loop, *d: ran.append(loop) or launcher(loop, *d)
-    )
+    schedule = cross_entropy.schedule
+
+    def noted(*arguments: Any) -> Any:
+        ran.append((found := schedule(*arguments)).loop)
+        return found
+
+    monkeypatch.setattr(cross_entropy, "schedule", noted)
     for rows, classes in ((1, CLASSES), (FEW_ROWS, CLASSES), (1, 2 * SEGMENT)):
         outcome(ours.cross_entropy, torch.randn(rows, classes), torch.zeros(rows).long())
     assert ran == [
-        cross_entropy.softmax_long, cross_entropy.softmax_rows, cross_entropy.softmax_rows
+        softmax_schedule.softmax_long, softmax_schedule.softmax_rows, softmax_schedule.softmax_rows
     ]  # fmt: skip
 
 

@@ -90,11 +90,11 @@ def fork_after_use(openmp: bool) -> None:
     expected = results(0)
 
     def check() -> None:
-        from fastopt.kernels.numba import cross_entropy, flat, multi_tensor, threads
+        from fastopt.kernels.numba import flat, multi_tensor, softmax_schedule, threads
 
         assert_same(results(0), expected)
         assert threads.parts_for(1 << 30, 1) == 1, "a forked child runs serially"
-        for loop in (cross_entropy, flat, multi_tensor):  # and whatever has been decided
+        for loop in (flat, multi_tensor, softmax_schedule):  # and whatever has been decided
             loop.parts_for = lambda work, grain: 2
         assert_same(results(0), expected)
 

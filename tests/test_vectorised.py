@@ -13,10 +13,10 @@ from numba.core import caching
 import fastopt
 from fastopt.kernels.numba import (
     compiler,
-    cross_entropy,
     flat,
     multi_tensor,
     softmax_rows,
+    softmax_schedule,
     softmax_tiles,
 )
 from fastopt.nn import functional
@@ -83,7 +83,7 @@ def test_softmax_of_vectors(
     """A softcap's divisions are of vectors, and where there is none there are none."""
     monkeypatch.setattr(loop, "_cache", caching.NullCache())
     loop.overloads.clear()
-    for known in (compiler.specialise, cross_entropy._launcher):
+    for known in (compiler.specialise, softmax_schedule.schedule, softmax_schedule._launcher):
         known.cache_clear()
     input = torch.rand(shape).requires_grad_()
     options = {"softcap": 30.0, "z_loss": 1e-4} if capped else {}

@@ -99,15 +99,15 @@ def loss(
             if tracing_state() is not None:
                 return torchs(*args, **kwargs)  # one node of the trace
             # `choose` would say the same, but asking takes a few microseconds of a small call's 15.
-            if args and type(args[0]) is Tensor and (
-                (args[0].numel() < surely or is_small(args[0]))
-                and args[0].is_cpu
-                and insisted() is None
-            ):  # fmt: skip
+            first: Any = args[0] if args else None
+            plain = type(first) is Tensor and first.is_cpu and insisted() is None
+            if plain and first.numel() < surely:
                 return fallback(*args, **kwargs)
             values = (*args, *kwargs.values())
             route = cache.recognise(kwargs, values)
             if route is None:
+                if plain and is_small(first):
+                    return fallback(*args, **kwargs)
                 key = key_of(kwargs, values)
                 route = cache.find(key, kwargs, values)
             if route is None:

@@ -24,31 +24,16 @@ import numpy as np
 import torch
 from numba.core import types
 
-from ..layout import ClassAxis, class_axis, classes_last, dense_axis, view_along
+from ..layout import ClassAxis, class_axis, classes_last, view_along
 from ..operation import Options
 from ..reference import out_of_bounds
 from . import memory
 from .compiler import dtype_name, optional_pointer, pointer, specialise
-from .pointer import LINE
 from .softmax import EACH, GIVEN, KEPT, NOTHING, SCRATCH, SUM, check_targets
-from .softmax_long import SEGMENT, softmax_long
-from .softmax_rows import BLOCK, GROUP, apart, softmax_rows
+from .softmax_long import SEGMENT
+from .softmax_rows import BLOCK
+from .softmax_schedule import schedule, threads_for
 from .softmax_tiles import softmax_tiles
-from .threads import Launcher, parts_for
-
-# From this many classes a row fills vectors by itself, if its classes lie side by side; by the
-# bytes of a number.
-LONG_ROW = {2: 128, 4: 80, 8: 48}
-# Fewer rows than this share their threads, if they are long.
-FEW_ROWS = 16
-# Positions in a tile: up to WIDE if they lie side by side and leave enough tiles to share (how
-# many is a matter of the sizes alone, not of the threads); APART if they are turned, which wants
-# all their cache lines at hand; FEW where a tile would not fit a core's L2 cache.
-WIDE, APART, FEW = 1024, 64, 16
-TILES, TILE_BYTES, L2_BYTES = 64, 3 << 16, 1 << 19
-# Numbers a thread, below which a second one does not pay: some 50 µs of work. A region waits for
-# the last of its threads, and where another process has that one's core, for milliseconds.
-GRAIN = 32_768
 
 
 class _Call(NamedTuple):
@@ -149,55 +134,6 @@ _ONE: dict[torch.dtype | None, np.ndarray] = {
 _AT = {dtype: one.ctypes.data for dtype, one in _ONE.items()}
 
 
-@functools.cache
-def _launcher(
-    loop: Any, over: bool, capped: bool, squared: bool, *dtypes: torch.dtype | None
-) -> Launcher:
-    """Its form of these dtypes, in the order of `run`.
-
-    over: whether the gradient is written over the logits; capped, squared: whether there is a
-    softcap, and a z_loss.
-
-    What is read or written once a position is there in every call, wanted or not, so that there
-    are few forms to be compiled.
-    """
-    compute = "float64" if dtypes[0] == torch.float64 else "float32"
-    widths = [compute] * 5 + ["float64", compute, compute, "float64", "float64"]
-    slots = [optional_pointer(d, k, w) for k, (d, w) in enumerate(zip(dtypes, widths, strict=True))]
-    if over:
-        slots[6] = slots[0]
-    slots.append(pointer("int64", 20))  # whether a class index was bad
-    scratch = [pointer(compute, k, compute) for k in range(10, 15)]
-    scratch += [pointer("float64", k, "float64") for k in range(15, 20)]
-    double, number = types.float64, getattr(types, compute)
-    extras = (number if capped else types.none, double if squared else types.none)
-    kept_tops, kept_totals = pointer(compute, 21, compute), pointer("float64", 22, "float64")
-    if loop is not softmax_tiles:
-        exps = types.none if not over and _in_place(dtypes[0], dtypes[6]) else scratch[1]
-        lines = scratch[5:8] if loop is softmax_rows else scratch[5:9]
-        last = (double, double, number, *extras, *[types.intp] * 11)
-        return Launcher(loop, *slots, double, scratch[0], exps, kept_totals, *lines, *last)
-    del slots[7], slots[2]
-    free = pointer("int64", 2), pointer(compute, 7, compute) if capped else types.none
-    last = (double, double, double, number, *extras, *[types.intp] * 15)
-    return Launcher(loop, *slots, double, *free, *scratch, kept_tops, kept_totals, *last)
-
-
-def _in_place(input: torch.dtype | None, grad: torch.dtype | None) -> bool:
-    """Whether a gradient's memory can hold intermediate numbers, or none is wanted."""
-    return grad is None or (grad == input and grad.itemsize > 2)
-
-
-def _loop_of(call: _Call) -> Any:
-    x = call.axis
-    if x.class_stride != 1 or (
-        call.target is not None and x.classes < LONG_ROW[call.input.itemsize]
-    ):
-        return softmax_tiles
-    few = x.outer * x.inner < FEW_ROWS and x.classes > 2 * SEGMENT
-    return softmax_long if few else softmax_rows
-
-
 def empty_kept(
     options: Options, tensors: tuple[torch.Tensor | None, ...], needs: tuple[bool, ...]
 ) -> tuple[torch.Tensor, ...]:
@@ -240,8 +176,6 @@ def run(
     Raises:
         IndexError: a class index was out of range when it was used.
     """
-    x = call.axis
-    rows = x.outer * x.inner
     divisor = call.denominator or math.nan  # the mean of nothing is NaN, as torch's
     exact = losses is not None and losses.dtype == torch.float64
     each, step = losses is not None and not exact, upstream is not None
@@ -252,63 +186,30 @@ def run(
     )  # fmt: skip
     dtypes = [None if t is None else t.dtype for t in tensors]
     addresses = [None if t is None else t.data_ptr() for t in tensors]
-    over, capped = grad is call.input, call.softcap is not None
-    form = (over, capped, call.z_loss is not None)
-    extras = (call.softcap, call.z_loss)
-    # The positions' losses, before they are narrowed or added up.
-    ends, dtypes[5] = 0 if exact else 8 * apart.py_func(rows), torch.float64
     dtypes[9] = dtypes[9] or dtypes[8] or call.input.dtype
     if not step:
         dtypes[8], addresses[8] = dtypes[9], _AT[dtypes[9]]
-    loop = _loop_of(call)
-    pieces = max(rows * -(-x.classes // SEGMENT) if loop is softmax_long else rows, 1)
-    parts = min(parts_for(rows * x.classes, GRAIN), pieces)
-    size = 8 if call.input.dtype == torch.float64 else 4
-    kept_tops, kept_totals = [t.data_ptr() for t in kept if t is not None] or (0, 0)
-    if loop is not softmax_tiles:
-        t = x if call.probability is None else _axis(call.probability)
-        lines, line, copies = 3, parts * GROUP, parts
-        if loop is softmax_long:
-            lines, line, copies = 4, pieces, rows
-        # Logits that the gradient is written over have to be there until all of a row are read.
-        in_place = not over and _in_place(dtypes[0], dtypes[6])
-        blocks, row = (apart.py_func(n) for n in (-(-x.classes // BLOCK), x.classes))
-        of_rows = copies * (blocks + (not in_place) * row) * size
-        bad, held = memory.scratch(LINE + ends + 8 * lines * line + of_rows)
-        start = bad + LINE
-        addresses[5], addresses[9] = addresses[5] or start, addresses[9] or bad + 8
-        sums = range(start + ends, start + ends + 8 * lines * line, 8 * line)
-        shifts = start + ends + 8 * lines * line
-        exps = None if in_place else shifts + copies * blocks * size
-        good = _launcher(loop, *form, *dtypes)(
-            parts, *addresses, bad, divisor, kept_tops or shifts, exps, kept_totals, *sums,
-            call.hard, scale, 0.0, *extras, statistics, wanted, step, call.ignore_index, x.classes,
-            x.inner, rows, x.outer_stride, x.inner_stride, t.outer_stride, t.inner_stride,
-        )  # fmt: skip
-        del held
-        if not good:
-            raise _out_of_bounds(call)
-        return
-    width, pitch = _tile(x, size)
-    line = parts * pitch
-    tiles = (1 + capped) * x.classes
-    bad, held = memory.scratch(LINE + ends + line * ((tiles + 4) * size + 6 * 8))
-    start = bad + LINE
-    addresses[5], addresses[9] = addresses[5] or start, addresses[9] or bad + 8
-    start += ends
-    numbers = start + line * 6 * 8  # those of eight bytes come first, for their alignment
-    first = numbers + line * tiles * size
-    slopes = numbers + line * x.classes * size if capped else None
-    columns = [numbers, *range(first, first + 4 * line * size, line * size)]
-    columns += range(start + line * 8, start + 6 * line * 8, line * 8)
-    mass = 0.0 if call.smooth is None else float(call.smooth.sum(dtype=torch.float64))
-    g = dense_axis(x)
-    del addresses[7], addresses[2]
-    good = _launcher(softmax_tiles, *form, *dtypes)(
-        parts, *addresses, bad, divisor, start, slopes, *columns, kept_tops, kept_totals,
-        call.hard, mass, scale, 0.0, *extras, statistics, wanted, step, call.ignore_index,
-        x.classes, x.inner, rows, x.outer_stride, x.inner_stride, x.class_stride, g.outer_stride,
-        g.inner_stride, g.class_stride, width, pitch,
+    target_axis = None if call.probability is None else _axis(call.probability)
+    plan = schedule(
+        call.axis, target_axis, grad is call.input, call.softcap is not None,
+        call.z_loss is not None, exact, threads_for(call.axis), *dtypes,
+    )  # fmt: skip
+    bad, held = memory.scratch(plan.bytes)
+    scratch = [None if k is None else bad + k for k in plan.offsets]
+    # The positions' losses, before they are narrowed or added up; and what nobody wants.
+    addresses[5], addresses[9] = addresses[5] or bad + plan.losses, addresses[9] or bad + 8
+    tops, totals = [t.data_ptr() for t in kept if t is not None] or (0, 0)
+    numbers: tuple[float, ...] = (call.hard, scale, 0.0)
+    if plan.loop is softmax_tiles:
+        del addresses[7], addresses[2]
+        scratch.append(tops)
+        mass = 0.0 if call.smooth is None else float(call.smooth.sum(dtype=torch.float64))
+        numbers = (call.hard, mass, scale, 0.0)
+    elif kept:
+        scratch[0] = tops
+    good = plan.launch(
+        plan.parts, *addresses, bad, divisor, *scratch, totals, *numbers, call.softcap,
+        call.z_loss, statistics, wanted, step, call.ignore_index, *plan.sizes,
     )  # fmt: skip
     del held
     if not good:
@@ -318,20 +219,6 @@ def run(
 def _out_of_bounds(call: _Call) -> IndexError:
     assert call.target is not None
     return out_of_bounds(call.target, call.axis.classes, call.ignore_index)
-
-
-def _tile(x: ClassAxis, size: int) -> tuple[int, int]:
-    """How many positions a tile has, and how far apart its classes are."""
-    width, position = APART, x.classes * size
-    if x.inner_stride == 1:
-        widest = min(WIDE, TILE_BYTES // position, x.outer * x.inner // TILES)
-        width = max(widest // APART * APART, APART)
-    if position * width > L2_BYTES:
-        width = FEW
-    width = max(min(width, x.inner), 1)
-    # Whole cache lines, an odd number of them: classes of one position then share no cache set.
-    lines = -(-width * size // LINE)
-    return width, (lines | 1) * LINE // size
 
 
 def _empty_gradient(input: torch.Tensor, x: ClassAxis) -> torch.Tensor:

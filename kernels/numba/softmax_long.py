@@ -160,7 +160,7 @@ def gradient_part(
 def softmax_long(
     parts: int, x: Any, target: Any, probability: Any, weight: Any, smooth: Any, losses: Any,
     grad: Any, t_grad: Any, upstream: Any, out: Any, bad: Any, divisor: float, shifts: Any,
-    exps: Any, kept_totals: Any, tops: Any, totals: Any, masses: Any, dots: Any, hard: float,
+    exps: Any, tops: Any, totals: Any, masses: Any, dots: Any, kept_totals: Any, hard: float,
     scale: float, zero: Any, softcap: Any, z_loss: Any, statistics: int, wanted: int, step: int,
     ignore_index: int, classes: int, inner: int, rows: int, x_outer: int, x_inner: int,
     t_outer: int, t_inner: int,

@@ -346,7 +346,7 @@ def softmax_rows_part(
 def softmax_rows(
     parts: int, x: Any, target: Any, probability: Any, weight: Any, smooth: Any, losses: Any,
     grad: Any, t_grad: Any, upstream: Any, out: Any, bad: Any, divisor: float, shifts: Any,
-    exps: Any, kept_totals: Any, plain: Any, masses: Any, totals: Any, hard: float, scale: float,
+    exps: Any, plain: Any, masses: Any, totals: Any, kept_totals: Any, hard: float, scale: float,
     zero: Any, softcap: Any, z_loss: Any, statistics: int, wanted: int, step: int,
     ignore_index: int, classes: int, inner: int, rows: int, x_outer: int, x_inner: int,
     t_outer: int, t_inner: int,
