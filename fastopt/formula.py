@@ -5,9 +5,11 @@ functions of numbers, which mean the same, also at NaN and infinities.
 """
 
 from .kernels.reference.vocabulary import (
-    absolute,
+    abs,
     divide,
+    erf,
     exp,
+    expm1,
     isnan,
     log,
     log1p,
@@ -16,17 +18,21 @@ from .kernels.reference.vocabulary import (
     minimum,
     power,
     rounded,
+    rsqrt,
     sigmoid,
     sign,
     softplus,
     sqrt,
+    tanh,
     where,
 )
 
 __all__ = [
-    "absolute",
+    "abs",
     "divide",
+    "erf",
     "exp",
+    "expm1",
     "isnan",
     "log",
     "log1p",
@@ -35,9 +41,11 @@ __all__ = [
     "minimum",
     "power",
     "rounded",
+    "rsqrt",
     "sigmoid",
     "sign",
     "softplus",
     "sqrt",
+    "tanh",
     "where",
 ]

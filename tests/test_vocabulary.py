@@ -18,25 +18,29 @@ from fastopt.kernels.operation import Elementwise, Options
 
 #: By torch in float64, of two numbers.
 ORACLES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "absolute": lambda a, b: a.abs(),
+    "abs": lambda a, b: a.abs(),
     "divide": lambda a, b: a / b,
+    "erf": lambda a, b: a.erf(),
     "exp": lambda a, b: a.exp(),
+    "expm1": lambda a, b: a.expm1(),
     "isnan": lambda a, b: a.isnan().to(a.dtype),
     "log": lambda a, b: a.log(),
     "log1p": lambda a, b: a.log1p(),
     "log_sigmoid": lambda a, b: torch.nn.functional.logsigmoid(a),
     "maximum": torch.maximum,
     "minimum": torch.minimum,
-    "power": lambda a, b: torch.where(a >= 0, a, 1.0).abs() ** b,
+    "power": lambda a, b: torch.where(a.isnan(), 1.0, a) ** b,
     "rounded": lambda a, b: a,
+    "rsqrt": lambda a, b: a.rsqrt(),
     "sigmoid": lambda a, b: a.sigmoid(),
     "sign": lambda a, b: torch.where(a.isnan(), 0.0, a.sign()),
     "softplus": lambda a, b: -torch.nn.functional.logsigmoid(-a),
     "sqrt": lambda a, b: torch.from_numpy(np.sqrt(a.cpu().numpy())).to(a.device),  # torch's is off
+    "tanh": lambda a, b: a.tanh(),
     "where": lambda a, b: torch.where(a > b, a, b),
 }
 #: Those that are rounded once, and to the nearest, on any device.
-EXACT = ("absolute", "divide", "isnan", "maximum", "minimum", "rounded", "sign", "sqrt", "where")
+EXACT = ("abs", "divide", "isnan", "maximum", "minimum", "rounded", "sign", "sqrt", "where")
 
 
 class Word(Elementwise):
@@ -46,35 +50,43 @@ class Word(Elementwise):
 
     def value_and_slopes(h, input: Any, target: Any) -> Any:
         if h.which == 0:
-            value = m.absolute(input)
+            value = m.abs(input)
         elif h.which == 1:
             value = m.divide(input, target)
         elif h.which == 2:
-            value = m.exp(input)
+            value = m.erf(input)
         elif h.which == 3:
-            value = m.where(m.isnan(input), 1.0, 0.0)
+            value = m.exp(input)
         elif h.which == 4:
-            value = m.log(input)
+            value = m.expm1(input)
         elif h.which == 5:
-            value = m.log1p(input)
+            value = m.where(m.isnan(input), 1.0, 0.0)
         elif h.which == 6:
-            value = m.log_sigmoid(input)
+            value = m.log(input)
         elif h.which == 7:
-            value = m.maximum(input, target)
+            value = m.log1p(input)
         elif h.which == 8:
-            value = m.minimum(input, target)
+            value = m.log_sigmoid(input)
         elif h.which == 9:
-            value = m.power(m.absolute(m.where(input >= 0.0, input, 1.0)), target)
+            value = m.maximum(input, target)
         elif h.which == 10:
-            value = m.rounded(input, target)
+            value = m.minimum(input, target)
         elif h.which == 11:
-            value = m.sigmoid(input)
+            value = m.power(m.where(m.isnan(input), 1.0, input), target)
         elif h.which == 12:
-            value = m.sign(input)
+            value = m.rounded(input, target)
         elif h.which == 13:
-            value = m.softplus(input)
+            value = m.rsqrt(input)
         elif h.which == 14:
+            value = m.sigmoid(input)
+        elif h.which == 15:
+            value = m.sign(input)
+        elif h.which == 16:
+            value = m.softplus(input)
+        elif h.which == 17:
             value = m.sqrt(input)
+        elif h.which == 18:
+            value = m.tanh(input)
         else:
             value = m.where(input > target, input, target)
         return value, value

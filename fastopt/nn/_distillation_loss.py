@@ -78,7 +78,7 @@ def to_mixture(beta: Any, rest: Any, gap: Any) -> Any:
     m is taken relative to the larger of p and q, and near 1 as what it lacks of it, so that of two
     equal ones there is nothing left.
     """
-    ratio, rises = m.exp(-m.absolute(gap)), gap > 0.0
+    ratio, rises = m.exp(-m.abs(gap)), gap > 0.0
     larger, smaller = m.where(rises, beta, rest), m.where(rises, rest, beta)
     near, far = 1.0 - smaller * (1.0 - ratio), larger + smaller * ratio
     log_share = m.log(m.where(ratio > 0.5, near, far))

@@ -25,7 +25,7 @@ class L1(Elementwise):
     def value_and_slopes(h, input: Any, target: Any, weight: Any) -> Any:
         d = input - target
         slope = weight * m.sign(d)
-        return weight * m.absolute(d), slope, -slope
+        return weight * m.abs(d), slope, -slope
 
 
 @loss(L1, native=shortest(F.l1_loss, torch._C._nn.l1_loss))

@@ -22,7 +22,7 @@ class MultiLabelSoftMargin(Rowwise):
     crossover = 65_536
 
     def fold(h, input: Any, target: Any, weight: Any) -> Any:
-        rest = m.softplus(-m.absolute(input))
+        rest = m.softplus(-m.abs(input))
         there, missing = m.minimum(input, 0.0) - rest, m.minimum(-input, 0.0) - rest
         return (-weight * (target * there + (1.0 - target) * missing),)
 

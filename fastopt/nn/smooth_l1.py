@@ -25,7 +25,7 @@ class SmoothL1(Elementwise):
 
     def value_and_slopes(h, input: Any, target: Any) -> Any:
         d = input - target
-        size = m.absolute(d)
+        size = m.abs(d)
         near = size < h.beta
         value = m.where(near, 0.5 * d * d / h.beta, size - 0.5 * h.beta)
         # Of NaN it is NaN, but for a beta of 0, of which torch makes L1.

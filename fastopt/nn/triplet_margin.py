@@ -30,7 +30,7 @@ class TripletMargin(Rowwise):
     def fold(h, anchor: Any, positive: Any, negative: Any) -> Any:
         near, far, other = _differences(h, anchor, positive, negative)
         if h.p == 1:
-            return m.absolute(near), m.absolute(far), m.absolute(other)
+            return m.abs(near), m.abs(far), m.abs(other)
         else:
             return near * near, far * far, other * other
 

@@ -28,7 +28,7 @@ class AdamaxUpdate(Update):
         grad = grad * h.grad_scale
         grad = m.where(h.weight_decay != 0.0, grad + h.weight_decay * param, grad)
         exp_avg = h.beta1 * exp_avg + h.beta1_rest * grad
-        exp_inf = m.maximum(h.beta2 * exp_inf, m.absolute(grad) + h.eps)
+        exp_inf = m.maximum(h.beta2 * exp_inf, m.abs(grad) + h.eps)
         return param - m.divide(h.step_size * exp_avg, exp_inf), exp_avg, exp_inf
 
 

@@ -39,7 +39,7 @@ class RAdamUpdate(Update):
             1.0 - h.beta1,
             1.0 - h.beta2,
             m.sqrt(1.0 - power),
-            m.where(length > 5.0, m.sqrt(m.absolute(r)), 0.0),
+            m.where(length > 5.0, m.sqrt(m.abs(r)), 0.0),
             m.where(h.decoupled != 0.0, 0.0, h.weight_decay),
             m.where(h.decoupled != 0.0, 1.0 - h.lr * h.weight_decay, 1.0),
         )

@@ -173,6 +173,11 @@ def exp_and_less(x: Any) -> Any:
     raise NotImplementedError
 
 
+def expm1(x: Any) -> Any:
+    """e**x - 1 in x's dtype, within 2 ulp, with all of its digits near 0."""
+    raise NotImplementedError
+
+
 @inlined
 def tanh(x: Any) -> Any:
     """In x's dtype, within 3 ulp; 1 and -1 exactly far out, NaN of NaN."""
@@ -238,8 +243,13 @@ def _exp_and_less(x: Any) -> Any:
     return _code(x, whole=False, both=True)
 
 
+@overload(expm1, jit_options=FUNCTION_OPTIONS)
+def _expm1(x: Any) -> Any:
+    return _code(x, whole=True, both=True)
+
+
 def _code(x: Any, whole: bool, both: bool = False) -> Callable[[Any], Any]:
-    """e**x for any x, or for x <= 0 alone, for which it may be given with e**x - 1."""
+    """e**x for any x, or for x <= 0 alone; with `both` e**x - 1, or both of them for x <= 0."""
     _, mantissa, bias = _FORMAT[x]
     number: Any = np.float32 if x == types.float32 else np.float64
     polynomial = _polynomial_float32 if x == types.float32 else _polynomial_float64
@@ -248,6 +258,7 @@ def _code(x: Any, whole: bool, both: bool = False) -> Callable[[Any], Any]:
     lowest = number(-math.log(2) * (bias + mantissa + 2 if whole else bias))
     highest = number(math.log(2) * (bias + 1.1))
     log2_e, one = number(1 / math.log(2)), number(1)
+    large = number(mantissa)  # whose power loses nothing to a difference of 1
     high, low = map(number, _LN2_32 if x == types.float32 else _LN2)
     if x == types.float32 and not whole:
         polynomial, high, low = _polynomial_short, number(math.log(2)), None  # off by 2e-9
@@ -260,7 +271,7 @@ def _code(x: Any, whole: bool, both: bool = False) -> Callable[[Any], Any]:
         n = shifted - shifter
         rest = clamped - n * high
         r = rest if low is None else rest - n * low
-        if both:
+        if both and not whole:
             power, more = power_of_two(shifted), (polynomial(r) * r + one) * r
             return power + power * more, (power - one) + power * more
         if not whole:
@@ -269,9 +280,14 @@ def _code(x: Any, whole: bool, both: bool = False) -> Callable[[Any], Any]:
         above = r * r * polynomial(r)
         more = r + above
         power = one + more
-        power += (more - (power - one)) + (above - (more - r)) + ((rest - r) - n * low)
+        lost = (above - (more - r)) + ((rest - r) - n * low)
+        power += (more - (power - one)) + lost
         first, second = halves_of_power(shifted)
-        return power * first * second
+        if not both:
+            return power * first * second
+        scale = first * second
+        near = (scale - one) + scale * (more + lost)
+        return power * first * second - one if x > large else near
 
     return value
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import vector_math
+from . import error_function, vector_math
 from .compiler import inlined
 from .vector_math import cast
 
@@ -34,8 +34,8 @@ def minimum(a: Any, b: Any) -> Any:
 
 
 @inlined
-def absolute(x: Any) -> Any:
-    return abs(x)
+def abs(x: Any) -> Any:
+    return math.fabs(x)
 
 
 @inlined
@@ -66,6 +66,11 @@ def sqrt(x: Any) -> Any:
 
 
 @inlined
+def rsqrt(x: Any) -> Any:
+    return cast(1, x) / math.sqrt(x)
+
+
+@inlined
 def isnan(x: Any) -> Any:
     return x != x
 
@@ -73,6 +78,21 @@ def isnan(x: Any) -> Any:
 @inlined
 def exp(x: Any) -> Any:
     return vector_math.exp(x)
+
+
+@inlined
+def expm1(x: Any) -> Any:
+    return vector_math.expm1(x)
+
+
+@inlined
+def tanh(x: Any) -> Any:
+    return vector_math.tanh(x)
+
+
+@inlined
+def erf(x: Any) -> Any:
+    return error_function.erf(x)
 
 
 @inlined

@@ -36,18 +36,29 @@ def rounded(x, like):
 
 @device_function
 def power(a, b):
-    wide = tl.exp(b.to(tl.float64) * tl.log(a.to(tl.float64)))
+    exponent, size = tl.cast(b, tl.float64), tl.abs(a).to(tl.float64)
+    wide = tl.where(size == 1.0, 1.0, tl.exp(exponent * tl.log(size)))
+    # of a negative number there are whole powers alone, of which odd ones are negative
+    half, whole = exponent * 0.5, tl.floor(exponent) == exponent
+    is_negative = (a < 0.0) | ((a == 0.0) & (quotient(tl.full(a.shape, 1.0, a.dtype), a) < 0.0))
+    wide = tl.where(is_negative & whole & (tl.floor(half) != half), -wide, wide)
+    wide = tl.where((a < 0.0) & (a > float("-inf")) & (whole == 0), float("nan"), wide)
     return tl.where((b == 0.0) | (a == 1.0), 1.0, wide).to(a.dtype)
 
 
 @device_function
-def absolute(x):
+def abs(x):
     return tl.abs(x)
 
 
 @device_function
 def sign(x):
     return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0)).to(x.dtype)
+
+
+@device_function
+def rsqrt(x):
+    return quotient(tl.full(x.shape, 1.0, x.dtype), root(x))
 
 
 @device_function
@@ -67,6 +78,28 @@ def exp(x):
         result = tl.exp2(r * 1.4426950408889634) * tl.exp2(half) * tl.exp2(n - half)
         result = tl.where(x > 100.0, float("inf"), tl.where(x < -110.0, 0.0, result))
         return tl.where(x != x, x, result)
+
+
+@device_function
+def expm1(x):
+    # near 0 by its series, whose terms beyond have no bits in float64
+    near = tl.minimum(tl.maximum(x, -0.5), 0.5)
+    series = near * (1 / 17) + 1.0
+    for k in tl.static_range(16, 1, -1):
+        series = series * near * (1 / k) + 1.0
+    return tl.where(x == near, series * near, exp(x) - 1.0)
+
+
+@device_function
+def tanh(x):
+    less = expm1(-2.0 * tl.abs(x))
+    above = quotient(-less, 2.0 + less)
+    return tl.where(x >= 0.0, above, -above)
+
+
+@device_function
+def erf(x):
+    return tl.erf(x)
 
 
 @device_function
