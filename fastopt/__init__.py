@@ -2,20 +2,24 @@
 
 __version__ = "0.1.0"
 
-from . import _torchs, dispatch, nn, optim
+from . import _torchs, dispatch, formula, nn, optim
 from ._convert import convert
 from ._explain import Explanation, explain
 from .dispatch import use_backend
-from .errors import BackendUnavailable
+from .errors import BackendUnavailable, FormulaError
+from .front.formula_loss import loss
 from .memory import empty_cache
 
 __all__ = [
     "BackendUnavailable",
     "Explanation",
+    "FormulaError",
     "convert",
     "dispatch",
     "empty_cache",
     "explain",
+    "formula",
+    "loss",
     "nn",
     "optim",
     "use_backend",

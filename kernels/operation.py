@@ -170,8 +170,10 @@ class Elementwise(Loss):
         raise NotImplementedError
 
     def warning(self, reduction: str, *operands: Any) -> str | None:
+        if not self.warns_of_sizes:
+            return None
         first, second = operands[:2]
-        if not self.warns_of_sizes or first.shape == second.shape:
+        if first.shape == second.shape:
             return None
         return (
             f"Using a target size ({second.size()}) that is different to the input size "

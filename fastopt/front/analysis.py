@@ -16,7 +16,7 @@ from .autograd import Expected, evaluate
 from .circumstances import add_circumstances, autocasts, is_traced
 from .crossover import crossover, gpu_crossover
 
-__all__ = ["Call", "Evaluation", "analyse", "expected_size", "prepare"]
+__all__ = ["Call", "Evaluation", "analyse", "expected_size", "prepare", "result_dtype"]
 
 #: see `evaluate` in autograd.py
 Evaluation = Callable[[Any, Options, Expected, tuple[Tensor | None, ...], bool], Tensor]
@@ -109,7 +109,7 @@ def analyse(operation: type[Any], function: str, arguments: dict[str, Any]) -> C
         if t.requires_grad and name not in operation.followed + operation.constants:
             special.append(f"a gradient to the {name}")
     reduction = arguments["reduction"]
-    dtype = _result_dtype([given[name] for name in operation.decisive if name in given])
+    dtype = result_dtype([given[name] for name in operation.decisive if name in given])
     call = prepare(function, record, operation.reductions, reduction, dtype, operands, special)
     return call._replace(warning=record.warning(reduction, *operands))
 
@@ -117,6 +117,8 @@ def analyse(operation: type[Any], function: str, arguments: dict[str, Any]) -> C
 def _size_specials(
     operation: type[Elementwise], operands: tuple[Tensor | None, ...], shape: torch.Size
 ) -> list[str]:
+    if not operation.same_sizes and not operation.weighted_as_input:
+        return []
     first, second, *others = operands
     assert first is not None
     assert second is not None
@@ -173,7 +175,7 @@ def _dtype_specials(operation: type[Loss], given: dict[str, Tensor]) -> list[str
     return special
 
 
-def _result_dtype(given: list[Tensor]) -> torch.dtype:
+def result_dtype(given: list[Tensor]) -> torch.dtype:
     """Torch's: that of tensors with dimensions counts before that of tensors without."""
     floats = [t for t in given if t.is_floating_point() or t.is_complex()]
     found = {t.dtype for t in floats if t.dim()} or {t.dtype for t in floats}

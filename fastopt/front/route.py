@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -62,7 +63,7 @@ class RouteCache:
     """What has been settled about the calls of one function, by all that the outcome depends on."""
 
     LIMIT = 1024
-    _all: ClassVar[list[RouteCache]] = []
+    _all: ClassVar[weakref.WeakSet[RouteCache]] = weakref.WeakSet()
 
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], Route] = {}
@@ -72,7 +73,7 @@ class RouteCache:
         #: insisted, and its route.
         self._last: tuple[Any, int, str | None, Route] | None = None
         self._expected: dict[tuple[Any, ...], Expected] = {}
-        self._all.append(self)
+        self._all.add(self)
 
     @classmethod
     def forget(cls) -> None:

@@ -39,11 +39,14 @@ def power(a, b):
     exponent, size = tl.cast(b, tl.float64), tl.abs(a).to(tl.float64)
     wide = tl.where(size == 1.0, 1.0, tl.exp(exponent * tl.log(size)))
     # of a negative number there are whole powers alone, of which odd ones are negative
-    half, whole = exponent * 0.5, tl.floor(exponent) == exponent
-    is_negative = (a < 0.0) | ((a == 0.0) & (quotient(tl.full(a.shape, 1.0, a.dtype), a) < 0.0))
-    wide = tl.where(is_negative & whole & (tl.floor(half) != half), -wide, wide)
-    wide = tl.where((a < 0.0) & (a > float("-inf")) & (whole == 0), float("nan"), wide)
-    return tl.where((b == 0.0) | (a == 1.0), 1.0, wide).to(a.dtype)
+    half = exponent * 0.5
+    odd = tl.where(tl.floor(exponent) == exponent, tl.where(tl.floor(half) != half, 1.0, 0.0), 0.5)
+    below = tl.where(a == 0.0, quotient(tl.full(a.shape, 1.0, a.dtype), a), a) < 0.0  # -0.0 is, too
+    wide = tl.where(below, tl.where(odd == 1.0, -wide, wide), wide)
+    none = tl.where(a < 0.0, tl.where(a > float("-inf"), odd, 0.0), 0.0) == 0.5
+    wide = tl.where(none, float("nan"), wide)
+    wide = tl.where(b == 0.0, 1.0, wide)
+    return tl.where(a == 1.0, 1.0, wide).to(a.dtype)
 
 
 @device_function
