@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from . import _torchs, dispatch, formula, nn, optim
+from ._check import check
 from ._convert import convert
 from ._explain import Explanation, explain
 from .dispatch import use_backend
@@ -14,6 +15,7 @@ __all__ = [
     "BackendUnavailable",
     "Explanation",
     "FormulaError",
+    "check",
     "convert",
     "dispatch",
     "empty_cache",

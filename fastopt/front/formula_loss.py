@@ -94,6 +94,7 @@ class FormulaLoss:
     Module: type[FormulaModule]
     __name__: str
     __qualname__: str
+    __wrapped__: Callable[..., Any]
 
     def __init__(self, function: Callable[..., Any], constant: Sequence[str]) -> None:
         written = read(function)
@@ -116,6 +117,16 @@ class FormulaLoss:
     def source(self) -> str:
         """The function of numbers that compiled code is made of, as Python."""
         return self._record.source
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of its tensors, in their order."""
+        return self._meaning.written.tensors
+
+    @property
+    def followed(self) -> tuple[int, ...]:
+        """The places of the tensors that aren't constant."""
+        return tuple(map(self.tensors.index, self._meaning.followed))
 
     def gradient(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorator: a formula of the derivatives, to be taken instead of those that are derived.
@@ -178,7 +189,7 @@ class FormulaLoss:
 
     def _places(self, kwargs: dict[str, Any]) -> tuple[int, ...]:
         """Where a call's arguments have the operands."""
-        tensors = self._meaning.written.tensors
+        tensors = self.tensors
         named = [n for n in tensors if n in kwargs]
         given = [*tensors[: len(tensors) - len(named)], *kwargs]
         return tuple(given.index(name) for name in self._record.operands)
@@ -213,7 +224,7 @@ class FormulaLoss:
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[dict[str, Tensor], dict[str, float | bool], str]:
         """A call's tensors and options by name, and its reduction, all of them checked."""
-        name, tensors = self.__name__, self._meaning.written.tensors
+        name, tensors = self.__name__, self.tensors
         if len(args) > len(tensors):
             raise TypeError(
                 f"{name}() takes {len(tensors)} tensors ({', '.join(tensors)}), but {len(args)} "

@@ -113,7 +113,7 @@ def _schedule(
     return _Schedule(loop, *addresses, chunks, group, 8 * -(-chunks // group), (numbers, steps))
 
 
-@functools.cache
+@functools.lru_cache(4096)  # of a user's formula each version has forms of its own
 def _loop(
     operation: type[Elementwise], flags: tuple[int, ...],
     operands: tuple[torch.dtype | None, ...], fixed: tuple[bool, ...],

@@ -19,7 +19,7 @@ from .compiler import device_function, number
 __all__ = ["constants_of", "formula_of", "maker", "record_numbers"]
 
 
-@functools.cache
+@functools.lru_cache(1024)  # of a user's formula each version is another one
 def formula_of(operation: type[Operation], name: str, absent: tuple[str, ...] = ()) -> Any:
     """An operation's formula of this name, to be called with a record and numbers.
 
@@ -60,7 +60,7 @@ def _make_3(numbers, flags: tl.constexpr):
 _MAKES = (_make_0, _make_1, _make_2, _make_3)
 
 
-@functools.cache
+@functools.lru_cache(1024)
 def maker(operation: type[Operation], more: tuple[str, ...] = ()) -> Any:
     """The function that makes a record of its numbers, those that `more` names, and its flags.
 
