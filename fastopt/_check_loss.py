@@ -154,7 +154,7 @@ def _numbers(
     theirs = _by_torch(loss, tuple(t.to(wide) for t in tensors), options)
     # one rounding, and of what is computed before a few
     rounding = torch.finfo(dtype).eps + 32 * torch.finfo(wide).eps
-    error, allowed = 0.0, rounding
+    worst: tuple[float, float, float] | None = None  # how much beyond what is allowed, and both
     for reduction in ("none", "mean"):
         found = _by_loss(loss, backend, tensors, options, reduction)
         for mine, its, best in zip(found, theirs, exact, strict=True):
@@ -163,11 +163,16 @@ def _numbers(
                 its, best = (
                     (t.mean() if mine.dim() == 0 else t / count) for t in (its.double(), best)
                 )
+            # of a side of where that isn't chosen torch's autograd may have NaN
+            known = ~torch.isnan(best)
+            best, its, mine = (t.double()[known] for t in (best, its, mine))
             scale = float(best.abs().max()) or 1.0
-            here, spare = (float((t.double() - best).abs().max()) / scale for t in (mine, its))
+            here, spare = (float((t - best).abs().max()) / scale for t in (mine, its))
             here = torch.inf if math.isnan(here) else here
-            if here - 4 * spare - rounding > error - allowed:
-                error, allowed = here, 4 * spare + rounding
+            limit = 4 * spare + rounding
+            worst = max(worst or (-torch.inf, 0.0, 0.0), (here - limit, here, limit))
+    assert worst is not None
+    _, error, allowed = worst
     return backend, str(dtype).removeprefix("torch."), error, allowed, ""
 
 
@@ -187,15 +192,16 @@ def _layouts(
         ("strides", spaced), ("different layouts", turned), ("broadcasting", broadcast),
         ("no elements", empty),
     ):  # fmt: skip
-        found = _by_loss(loss, backend, tensors, options, "none")
+        ours = _by_loss(loss, backend, tensors, options, "none")
         right = _by_torch(loss, tuple(t.double() for t in tensors), options)
         error = 0.0
-        for mine, best in zip(found, right, strict=True):
+        for mine, best in zip(ours, right, strict=True):
             if mine.shape != best.shape:
                 error = torch.inf
-            elif mine.numel():
-                scale = float(best.abs().max()) or 1.0
-                error = max(error, float((mine.double() - best).abs().max()) / scale)
+            elif len(found := mine.double()[known := ~torch.isnan(best)]):
+                scale = float(best[known].abs().max()) or 1.0
+                off = float((found - best[known]).abs().max()) / scale
+                error = max(error, torch.inf if math.isnan(off) else off)
         yield backend, what, error, 1e-4, ""
 
 
