@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from math import pi, sqrt
 
-from .graph import Graph
+from .graph import LEAVES, Graph
 
 __all__ = ["derivatives"]
 
@@ -27,7 +27,7 @@ def derivatives(graph: Graph, value: int, tensors: Sequence[str]) -> list[int]:
     wanted = [graph.tensor(name) for name in tensors]
     depends = {*wanted}
     for node, (name, arguments) in enumerate(graph.operations[: value + 1]):
-        if name not in ("tensor", "option", "number") and depends.intersection(arguments):
+        if name not in LEAVES and depends.intersection(arguments):
             depends.add(node)
     terms: dict[int, list[Term]] = defaultdict(list)
     terms[value].append(((), graph.number(1.0)))

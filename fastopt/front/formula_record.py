@@ -57,8 +57,8 @@ class Meaning:
         self.followed = tuple(name for name in written.tensors if name not in constant)
         self.operands = (*self.followed, *constant)
         (self.value,), self.named = self.graph.read(written)
-        used = self._tensors_of(self.value)
-        if not used.intersection(self.followed):
+        used = self.graph.reached_from([self.value])
+        if not used.intersection(map(self.graph.tensor, self.followed)):
             words = f"has no derivative: it uses none of {', '.join(self.followed)}"
             raise written.error(written.tree.body[-1], f"the loss {words}")
         self.slopes = derivatives(self.graph, self.value, self.followed)
@@ -67,16 +67,6 @@ class Meaning:
         """Take a user's derivatives instead of those that are derived."""
         self.slopes, named = self.graph.read(written)
         self.named = named | self.named
-
-    def _tensors_of(self, node: int) -> set[str]:
-        found, pending = set(), [node]
-        while pending:
-            name, arguments = self.graph.operations[pending.pop()]
-            if name == "tensor":
-                found.add(arguments[0])
-            elif name not in ("option", "number"):
-                pending += arguments
-        return found
 
 
 def record_of_formula(meaning: Meaning) -> type[FormulaRecord]:
@@ -111,17 +101,15 @@ def record_of_formula(meaning: Meaning) -> type[FormulaRecord]:
 
 def _fields_of(written: Written) -> dict[str, str]:
     """A field of its own for each option, under another name where a record has that already."""
-    taken = set(dir(FormulaRecord)).union(*(vars(c).get("__annotations__", ()) for c in _BASES))
+    taken = {*dir(FormulaRecord), *(n for n in written.options if n.startswith("option_"))}
+    taken.update(*(vars(c).get("__annotations__", ()) for c in FormulaRecord.__mro__))
     fields: dict[str, str] = {}
     for name in written.options:
-        free = (f"option_{k}" for k in itertools.count())
         usable = name not in taken and not name.startswith("_")
-        fields[name] = name if usable else next(f for f in free if f not in written.options)
+        others = (f"option_{k}" for k in itertools.count())
+        fields[name] = name if usable else next(n for n in others if n not in taken)
         taken.add(fields[name])
     return fields
-
-
-_BASES = FormulaRecord.__mro__
 
 
 def _function_of(text: str, name: str, written: Written) -> FunctionType:

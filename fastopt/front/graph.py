@@ -16,7 +16,7 @@ import torch
 from .. import formula
 from .written import Written
 
-__all__ = ["COMPARISONS", "Graph", "source_of"]
+__all__ = ["LEAVES", "Graph", "source_of"]
 
 _ARITHMETIC: dict[type[ast.operator], str] = {
     ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**"
@@ -24,7 +24,8 @@ _ARITHMETIC: dict[type[ast.operator], str] = {
 _COMPARES: dict[type[ast.cmpop], str] = {
     ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!="
 }  # fmt: skip
-COMPARISONS = tuple(_COMPARES.values())
+#: What has no arguments that are operations.
+LEAVES = ("tensor", "option", "number")
 #: A whole power up to this one is made of products.
 _MOST_PRODUCTS = 32
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -115,23 +116,56 @@ class Graph:
 
     def _power(self, a: int, b: int) -> int:
         exponent = self.number_of(b)
-        if exponent is None:
-            return self._add("power", a, b)
-        if exponent == 0.5:
-            return self._add("sqrt", a)
-        if exponent == -0.5:
-            return self._add("rsqrt", a)
-        if exponent != math.floor(exponent) or not 0 < abs(exponent) <= _MOST_PRODUCTS:
-            return self._add("power", a, b) if exponent else self.number(1.0)
-        result, square, left = None, a, int(abs(exponent))
+        if exponent == 0.0:
+            return self.number(1.0)
+        if exponent == 1.0:
+            return a
+        if exponent in (0.5, -0.5):
+            return self._add("sqrt" if exponent > 0 else "rsqrt", a)
+        return self._add("power", a, b)
+
+    def multiplied_out(self, nodes: Sequence[int]) -> dict[int, int]:
+        """What to compute in place of some operations and their arguments: products for powers.
+
+        That is for the end: of x ** -2 the derivative at infinity is 0, of 1 / (x * x) it is NaN.
+        """
+        wanted = self.reached_from(nodes)
+        instead: dict[int, int] = {}
+        for node in sorted(wanted):
+            name, arguments = self.operations[node]
+            if name in LEAVES:
+                instead[node] = node
+                continue
+            exponent = self.number_of(arguments[1]) if name == "power" else None
+            given = [instead[a] for a in arguments]
+            if exponent is not None and exponent % 1 == 0 and abs(exponent) <= _MOST_PRODUCTS:
+                instead[node] = self._product(given[0], int(exponent))
+            else:
+                instead[node] = self.call(name, *given)
+        return instead
+
+    def _product(self, a: int, exponent: int) -> int:
+        result, square, left = None, a, abs(exponent)
         while left:
             if left % 2:
-                result = square if result is None else self._arithmetic("*", result, square)
+                result = square if result is None else self.call("*", result, square)
             left //= 2
             if left:
-                square = self._arithmetic("*", square, square)
+                square = self.call("*", square, square)
         assert result is not None
         return result if exponent > 0 else self.call("/", self.number(1.0), result)
+
+    def reached_from(self, nodes: Sequence[int]) -> set[int]:
+        """These operations, and all that they use."""
+        found: set[int] = set()
+        pending = list(nodes)
+        while pending:
+            node = pending.pop()
+            if node not in found:
+                found.add(node)
+                name, arguments = self.operations[node]
+                pending += () if name in LEAVES else arguments
+        return found
 
     # -- from a user's function ----------------------------------------------------------------
 
@@ -204,12 +238,15 @@ def source_of(
         named: operations that have names in what a user wrote.
         fields: what the record calls each option.
     """
+    instead = graph.multiplied_out(results)
+    results = [instead[node] for node in results]
+    named = {instead[node]: name for node, name in reversed(named.items()) if node in instead}
     uses = [0] * len(graph.operations)
     pending = list(results)
     while pending:
         node = pending.pop()
         uses[node] += 1
-        if uses[node] == 1 and graph.operations[node][0] not in _LEAVES:
+        if uses[node] == 1 and graph.operations[node][0] not in LEAVES:
             pending += graph.operations[node][1]
     taken = set(operands)
     record, module = _free("h", taken), _free("m", taken)
@@ -225,7 +262,7 @@ def source_of(
         return _written(kind, arguments, written, module)
 
     for node, (kind, _) in enumerate(graph.operations):
-        if uses[node] and kind not in _LEAVES and (uses[node] > 1 or node in named):
+        if uses[node] and kind not in LEAVES and (uses[node] > 1 or node in named):
             text = ast.unparse(written(node))
             variables[node] = _free(named.get(node, f"t{node}"), taken)
             lines.append(f"    {variables[node]} = {text}")
@@ -233,7 +270,6 @@ def source_of(
     return "\n".join([*lines, f"    return {', '.join(values)}"]) + "\n"
 
 
-_LEAVES = ("tensor", "option", "number")
 _SYMBOLS: dict[str, ast.operator] = {word: kind() for kind, word in _ARITHMETIC.items()}
 _COMPARING: dict[str, ast.cmpop] = {word: kind() for kind, word in _COMPARES.items()}
 
