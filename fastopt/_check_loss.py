@@ -221,19 +221,18 @@ def _hard(loss: FormulaLoss, backend: str, place: torch.device, options: dict[st
     narrow = _by_torch(loss, given, options)
     wide = [t.float() for t in _by_torch(loss, tuple(t.double() for t in given), options)]
     # of a side that isn't chosen torch's autograd may have NaN where there is a derivative
-    finite = torch.isfinite(narrow[0])
     wrong = torch.zeros(len(rows), dtype=torch.bool, device=place)
     for k, mine in enumerate(found):
         right = torch.zeros_like(wrong)
         for its in (narrow[k], wide[k]):
             right |= torch.isclose(mine, its, rtol=1e-3, atol=1e-6, equal_nan=True)
             if k:
-                right |= torch.isnan(its) & finite
+                right |= torch.isnan(its)
         wrong |= ~right
     bad = wrong.nonzero()
     words = ""
     if len(bad):
         row = int(bad[0])
-        mine, its = ([float(t[row]) for t in some] for some in (found, narrow))
-        words = f"{_named(loss, rows[row])}: {mine}, torch {its}"
+        ours, torchs = ([float(t[row]) for t in some] for some in (found, narrow))
+        words = f"{_named(loss, rows[row])}: {ours}, torch {torchs}"
     return backend, "hard numbers: how many are wrong", float(len(bad)), 0.0, words

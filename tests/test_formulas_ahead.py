@@ -19,7 +19,8 @@ pytest.importorskip("triton", reason="needs the package triton")
 
 from ahead import MACHINES, Code, compiling
 
-import fastopt.nn.functional  # noqa: F401  (has the losses say what they are)
+import fastopt
+from fastopt import formula as m
 from fastopt.front.call import RECORDS
 from fastopt.kernels import triton as backend
 from fastopt.kernels.operation import Elementwise, Options, Rowwise
@@ -102,6 +103,29 @@ def test_elementwise(machine: str, kind: Any) -> None:
     with compiling(MACHINES[machine]) as codes:
         run(kind(), dict.fromkeys(kind.operands, empty(1 << 20, dtype=FLOAT)), "sum")
     check(tuple(codes), "flat_blocks", FLOAT)
+
+
+@fastopt.loss(constant=("weight",))
+def written(input: Any, target: Any, weight: Any, *, scale: float = 2.0, sure: bool = True) -> Any:
+    """A user's loss with every name of the vocabulary that computes in float32."""
+    a = m.tanh(input) + m.erf(target) * m.expm1(m.minimum(input, scale))
+    b = m.rsqrt(1.0 + a**2) + m.log1p(m.abs(a)) + m.exp(-a * a) * m.sign(target)
+    c = m.where(sure, b * m.sigmoid(a), m.log(b)) + m.softplus(a) / (1.5 + b)
+    d = m.where(a > 0.0, m.sqrt(m.where(m.isnan(a), 1.0, a)), m.log_sigmoid(a))
+    return weight * m.maximum(c, d)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_of_a_user(machine: str) -> None:
+    """Without float64, and with nothing but what its arithmetic takes."""
+    kind = written._record
+    with compiling(MACHINES[machine]) as codes:
+        run(kind(), dict.fromkeys(kind.operands, empty(1 << 20, dtype=FLOAT)), "sum")
+    own = [code for code in codes if code.name == "flat_blocks"]
+    assert len(own) == 2, "forward and backward"
+    for code in own:
+        assert code.resources["spills"] == 0
+        assert not [i for i in code.instructions if re.search(r"[._]f64(_|\b)", i.text)]
 
 
 #: Every formula with every machine and with every shape, but all three for sm_90 alone.

@@ -302,7 +302,7 @@ class FormulaModule(LossModule, torch.nn.Module):
     Their options are keyword arguments and attributes; they have no parameters and no state.
     """
 
-    _function: ClassVar[FormulaLoss]  # type: ignore[assignment]
+    _function: ClassVar[FormulaLoss]
 
     def __init__(self, *, reduction: str = "mean", **options: float | bool) -> None:
         super().__init__()

@@ -156,7 +156,8 @@ class _Values(torch.autograd.Function):
         return (None, *grads, *[None] * (len(needs) - len(grads)))
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
+    def jvp(ctx: Any, *grad_inputs: Any) -> Any:
+        _, *tangents = grad_inputs
         _, *slopes = ctx.record.value_and_slopes(*ctx.saved_tensors)
         parts = [t * s for s, t in zip(slopes, tangents, strict=False) if t is not None]
         return sum(parts[1:], parts[0])

@@ -49,6 +49,8 @@ class Graph:
 
     def _add(self, name: str, *arguments: Any) -> int:
         key = (name, *map(repr, arguments))  # of which 0.0 and -0.0 have two
+        if name in ("+", "*") and (name, *key[:0:-1]) in self._known:
+            key = (name, *key[:0:-1])
         if key not in self._known:
             self._known[key] = len(self.operations)
             self.operations.append((name, arguments))
@@ -216,7 +218,7 @@ def _computed(name: str, values: Sequence[Any]) -> float | bool:
         result = _OPERATORS[name](*given)
     else:
         result = getattr(formula, name)(*given)
-    return result.item()  # type: ignore[no-any-return]
+    return result.item()
 
 
 # -- to a function's source ------------------------------------------------------------------
@@ -240,7 +242,7 @@ def source_of(
     """
     instead = graph.multiplied_out(results)
     results = [instead[node] for node in results]
-    named = {instead[node]: name for node, name in reversed(named.items()) if node in instead}
+    named = {instead[node]: name for node, name in reversed(list(named.items())) if node in instead}
     uses = [0] * len(graph.operations)
     pending = list(results)
     while pending:
