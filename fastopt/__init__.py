@@ -10,6 +10,7 @@ from .dispatch import use_backend
 from .errors import BackendUnavailable, FormulaError
 from .front.formula_loss import loss
 from .memory import empty_cache
+from .optim._rule import optimizer
 
 __all__ = [
     "BackendUnavailable",
@@ -24,6 +25,7 @@ __all__ = [
     "loss",
     "nn",
     "optim",
+    "optimizer",
     "use_backend",
 ]
 _torchs.install()

@@ -33,8 +33,8 @@ SOURCES = sorted([*(ROOT / "fastopt").rglob("*.py"), *(ROOT / "kernels").rglob("
 STUBS = {str(file.relative_to(ROOT)) for file in (ROOT / "fastopt").rglob("*.pyi")}
 NAMES = {
     fastopt: {
-        "BackendUnavailable", "Explanation", "FormulaError", "check", "convert", "dispatch",
-        "empty_cache", "explain", "formula", "loss", "nn", "optim", "use_backend",
+        "BackendUnavailable", "Explanation", "FormulaError", "convert", "dispatch", "empty_cache",
+        "explain", "nn", "optim", "optimizer", "use_backend",
     },
     fastopt.nn: {*MODULES, "functional"},
     fastopt.nn.functional: {*FUNCTIONS_OF_NN},
@@ -251,7 +251,7 @@ def test_documentation_names_every_parameter(public: Any) -> None:
 
 @pytest.mark.parametrize(
     "public",
-    [fastopt.check, fastopt.explain, fastopt.loss, fastopt.use_backend, fastopt.empty_cache],
+    [fastopt.explain, fastopt.use_backend, fastopt.empty_cache, fastopt.optimizer],
     ids=name_of,
 )
 def test_documentation_of_what_torch_does_not_have(public: Any) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
 from ..kernels.layout import is_dense, is_released, released_error, same_layout
 from ._rounding import check_seed
@@ -57,26 +55,30 @@ class Kind(NamedTuple):
 # -- what only torch can serve, or has to refuse ------------------------------------------
 
 
+#: A group's options, by name, as they are by default; of those that are numbers, how many, 0 for
+#: one alone.
+Defaults = tuple[dict[str, Any], tuple[tuple[str, int], ...]]
+
+
 @functools.cache
-def _defaults(twin: type[Optimizer]) -> tuple[dict[str, Any], tuple[tuple[str, int], ...]]:
-    """A class's own defaults; of those that are numbers, how many, 0 for one alone."""
-    defaults: dict[str, Any] = twin([torch.zeros(1, 1)]).defaults  # type: ignore[call-arg]
-    numbers = tuple(
+def defaults_of(twin: Any) -> Defaults:
+    """A class's own defaults."""
+    defaults: dict[str, Any] = twin([torch.zeros(1, 1)]).defaults
+    return defaults, numbers_of(defaults)
+
+
+def numbers_of(defaults: dict[str, Any]) -> tuple[tuple[str, int], ...]:
+    """Which of some defaults are numbers."""
+    return tuple(
         (name, len(value) if isinstance(value, tuple) else 0)
         for name, value in defaults.items()
         if not (value is None or isinstance(value, bool))  # a flag, of which its truth counts
     )
-    return defaults, numbers
-
-
-def option_names(twin: Any) -> Iterable[str]:
-    """The names of an optimizer's options in its groups."""
-    return _defaults(twin)[0]
 
 
 def group_specials(optimizer: PlannedStep, group: dict[str, Any]) -> tuple[str, ...]:
     """Why only torch can update a group's parameters, or say what is wrong with it."""
-    defaults, numbers = _defaults(optimizer._twin)
+    defaults, numbers = optimizer._defaults_of(optimizer._twin)
     if not defaults.keys() <= group.keys():
         return tuple(f"no {name!r} in its group" for name in defaults if name not in group)
     special = ["differentiable=True"] if group.get("differentiable") else []

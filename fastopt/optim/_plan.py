@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import dispatch
 from ..kernels.tables import DIFFERENT, OTHERS, SAME, Averaged
 from ._bucket import Bucket, active, picker
-from ._kinds import Kind, group_specials, kind_of, option_names
+from ._kinds import Kind, group_specials, kind_of
 from ._memory import hold_storages, others_may_run, overlap, span
 from ._proof import Proof, items_of
 from ._shards import local
@@ -97,7 +97,7 @@ class StepPlan:
             )
         self._proof = self._begin_proof(optimizer, params, [s.kind for s, _ in compiled], turn)
         self._options = itemgetter(
-            *option_names(optimizer._twin), *(["seed"] if optimizer._draws else [])
+            *optimizer._defaults_of(optimizer._twin)[0], *(["seed"] if optimizer._draws else [])
         )
         self._flags = list(map(optimizer._flags, optimizer.param_groups))
         self._set_hypers(optimizer)

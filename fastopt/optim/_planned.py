@@ -18,7 +18,7 @@ from ..kernels.tables import Averaged, Tables
 from ._clipping import check_limit, divisor, norm_of, with_limit
 from ._following import Follower, average_after, step_and_average
 from ._hooks import with_hooks
-from ._kinds import Kind, default_counter, fits_torchs_fused, group_specials
+from ._kinds import Kind, default_counter, defaults_of, fits_torchs_fused, group_specials
 from ._plan import all_params
 from ._planner import Planner
 from ._rounded_step import rounded_step
@@ -74,6 +74,9 @@ class PlannedStep(Rounded):
     _takes_tensors: ClassVar[bool] = True
     #: whether torch takes tensors as hyperparameters with foreach=True and without capturable
     _foreach_takes_tensors: ClassVar[bool] = True
+
+    #: a function of the twin: its groups' `Defaults`
+    _defaults_of: ClassVar[Any] = staticmethod(defaults_of)
 
     #: what torch says where a GradScaler leaves the division to this optimizer, if it minds
     _unscaled_only: ClassVar[str | None] = None

@@ -129,7 +129,7 @@ class Launches:
         # and whether all of its addresses are multiples of 16 bytes.
         lines_of_all = len(tables.addresses) + 3 + self._more_lines
         self._lines = np.zeros((lines_of_all, len(tables.row_of)), np.int64)
-        self._per_step = bool(record.derived) or self._drawn
+        self._per_step = (bool(record.derived) and step is not None) or self._drawn
         self._bind()
 
     def _bind(self) -> None:
