@@ -623,3 +623,57 @@ logging.getLogger("numba.of_the_user").debug("")
     printed = run_code(code, folder, NUMBA_CACHE_DIR=str(tmp_path / "cache")).splitlines()
     assert printed[-1] == "numba.of_the_user", "who logs by a logger below numba's is not muted"
     assert (len([line for line in printed if line.startswith("numba")]) > 100) == wanted
+
+
+# -- rules of one's own -----------------------------------------------------------------
+
+RULE = """
+import torch
+import fastopt
+from fastopt import formula as m
+
+FACTOR = 2.0
+
+@fastopt.optimizer(states=("total",))
+def Own(param, grad, total, *, lr=1.0):
+    total = total + m.abs(grad)
+    return param - lr * FACTOR * grad / total, total
+
+def moved():
+    p = torch.nn.Parameter(torch.zeros(70))
+    optimizer = Own([p])
+    with fastopt.use_backend("numba"):
+        for _ in range(2):
+            p.grad = torch.ones(70)
+            optimizer.step()
+    print(-p[0].item())
+"""
+RULE_EDITS = {
+    "nothing": ("", "", 3.0),
+    "comment": ("FACTOR = 2.0", "FACTOR = 2.0  # as before", 3.0),
+    "number of outside": ("FACTOR = 2.0", "FACTOR = 4.0", 6.0),
+    "operator": ("lr * FACTOR", "lr + FACTOR", -1.0),
+    "literal": ("total + m.abs(grad)", "total + 2.0 * m.abs(grad)", 1.5),
+}
+
+
+@pytest.mark.parametrize("place", ["own_rule.py", "__main__"])
+def test_edited_rule(tmp_path: Path, place: str) -> None:
+    """Of a module and of a script: another rule is compiled anew, the same one never again."""
+    folder, cache = copy_package(tmp_path / "site"), str(tmp_path / "cache")
+    file = tmp_path / "rules" / "own_rule.py"
+    file.parent.mkdir()
+    known: dict[Path, int] = {}
+    for what, (old, new, expected) in {"first": ("", "", 3.0), **RULE_EDITS}.items():
+        file.write_text(RULE.replace(old, new) if old else RULE)
+        if place == "__main__":
+            code = f"import runpy; runpy.run_path({str(file)!r}, run_name='__main__')['moved']()"
+        else:
+            code = f"import sys; sys.path.insert(0, {str(file.parent)!r})\n"
+            code += "import own_rule; own_rule.moved()"
+        printed = float(run_code(code, folder, NUMBA_CACHE_DIR=cache))
+        assert printed == expected, what
+        now = cached(Path(cache))
+        if what in ("nothing", "comment"):
+            assert now == known, what
+        known = now

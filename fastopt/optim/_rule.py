@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
 from .. import formula
+from ..front.records import name_for, register
 from ..front.written import Written, read
 from ..kernels.operation import Update
 from ._kinds import default_counter, numbers_of
@@ -246,21 +247,23 @@ def _beginnings(states: Any) -> dict[str, float]:
 def _class_of(rule: Any, beginnings: dict[str, float]) -> type[Rule]:
     written = read(rule, given=("step",))
     _check_signature(written, beginnings)
-    module, qualname, name = rule.__module__, rule.__qualname__, rule.__name__
+    record = _record_of(f"{name_for(rule)}_rule", formulas_of(written), tuple(written.options))
+    register(record)
+    name = rule.__name__
     automatic = {"maximize": False, "differentiable": False, "fused": None}
     usual = {**written.options, **automatic}
     defaults = usual, numbers_of(usual)
     members = {
         "__doc__": rule.__doc__ or f"The optimizer by the rule {name}; see fastopt.optimizer.",
         "__init__": _constructor(usual),
-        "__module__": module,
-        "__qualname__": qualname,
+        "__module__": rule.__module__,
+        "__qualname__": rule.__qualname__,
         "_beginnings": beginnings,
         "_counts_steps": "step" in written.given,
         "_defaults_of": staticmethod(lambda twin: defaults),
         "_operation": name,
         "_options": dict(written.options),
-        "_record": _record_of(module, qualname, formulas_of(written), tuple(written.options)),
+        "_record": record,
     }
     return type(name, (_Planned, Rule), members)
 
@@ -298,30 +301,26 @@ def _constructor(usual: Mapping[str, Any]) -> Callable[..., None]:
 
 # A cell of a notebook that is run again as it is has the same record, and nothing is compiled.
 @functools.lru_cache(maxsize=128)
-def _record_of(
-    module: str, qualname: str, formulas: Formulas, options: tuple[str, ...]
-) -> type[Update]:
-    """The record of a rule, found under the rule's name: machine code on the disk refers to it."""
-    name = f"{module}.{qualname}"
-    file = f"<rule {name} {next(_counter)}>"  # of its own: older rules of that name may still run
+def _record_of(name: str, formulas: Formulas, options: tuple[str, ...]) -> type[Update]:
+    """The record of a rule."""
+    file = f"<{name} {next(_counter)}>"  # of its own: older rules of that name may still run
     # There, compilers find the source.
     lines = formulas.source.splitlines(keepends=True)
     linecache.cache[file] = len(formulas.source), None, lines, file
-    made: dict[str, Any] = {"__name__": module, formulas.vocabulary: formula}
+    # Without __name__: who finds one looks for the names in that module, as torch.compile does.
+    made: dict[str, Any] = {formulas.vocabulary: formula}
     exec(compile(formulas.source, file, "exec", dont_inherit=True), made)
     members = {
         "__annotations__": dict.fromkeys(options, float),
-        "__doc__": f"The options of {name}, and its rule.",
-        "__module__": module,
-        "__qualname__": f"{qualname}._record",
+        "__doc__": f"The options of {name}.",
         "derived": formulas.derived,
     }
     for definition in ("at_step", "update"):
         if definition in made:
-            made[definition].__module__ = module
-            made[definition].__qualname__ = f"{qualname}._record.{definition}"
+            made[definition].__module__ = __name__
+            made[definition].__qualname__ = f"{name}.{definition}"
             members[definition] = made[definition]
-    record = type(f"{qualname.rpartition('.')[-1]}Update", (Update,), members)
+    record = type(name, (Update,), members)
     weakref.finalize(record, linecache.cache.pop, file, None).atexit = False
     return record
 

@@ -230,7 +230,7 @@ def _own_dtype(dtype: torch.dtype) -> str:
     return "float64" if dtype == torch.float64 else "float32"
 
 
-@functools.cache
+@functools.lru_cache(1024)  # of a user's rule each version is another one
 def launcher(
     record: type[Update],
     slots: tuple[torch.dtype | None, ...],
