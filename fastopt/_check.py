@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ._check_loss import check_loss
+from ._check_optimizer import check_optimizer
 from .front.formula_loss import FormulaLoss, FormulaModule
+from .optim._rule import Rule
 
 __all__ = ["CheckReport", "Finding", "check"]
 
@@ -49,21 +51,26 @@ class CheckReport(tuple[Finding, ...]):
 
 
 def check(subject: Any, /, *samples: Any, **options: Any) -> CheckReport:
-    """Compare a loss that :func:`fastopt.loss` has made with its formula in torch's operations.
+    """Compare a loss or an optimizer that a user wrote with its formula in torch's operations.
 
-    On the derivatives that it has, numerically in float64; and on each backend that is there, in
-    values and gradients: numbers of all dtypes, sizes that fill no vectors, strides, broadcasting
-    and nothing at all, and what is hard: infinities, NaN, 0, subnormal and largest numbers. Where
+    A loss on the derivatives that it has, numerically in float64; and on each backend that is
+    there, in values and gradients: numbers of all dtypes, sizes that fill no vectors, strides,
+    broadcasting and nothing at all, and what is hard: infinities, NaN, 0, subnormal and largest
+    numbers. Where
     torch's autograd gives NaN for a side of `where` that isn't chosen, any number is right.
+
+    An optimizer on the parameters and the states after each of some steps, on each backend that is
+    there: of usual gradients, in all dtypes and in sizes that fill no vectors, and of hard ones.
 
     The table of findings is printed.
 
     Args:
-        subject: the loss, or one of its modules.
-        samples: tensors of usual numbers, one for each of the loss's tensors, from whose elements
-            numbers are drawn; standard normal ones are drawn otherwise, and numbers between 0 and
-            1 where the formula isn't defined elsewhere.
-        options: of the loss.
+        subject: a loss that :func:`fastopt.loss` has made, or one of its modules; or a class that
+            :func:`fastopt.optimizer` has made.
+        samples: of a loss, tensors of usual numbers, one for each of the loss's tensors, from
+            whose elements numbers are drawn; standard normal ones are drawn otherwise, and numbers
+            between 0 and 1 where the formula isn't defined elsewhere.
+        options: of the loss, or of the optimizer's constructor.
 
     Returns:
         The findings, as a tuple that is false if one of them is wrong.
@@ -75,13 +82,22 @@ def check(subject: Any, /, *samples: Any, **options: Any) -> CheckReport:
     Example:
         >>> assert fastopt.check(charbonnier, eps=0.1)
     """
+    if isinstance(subject, type) and issubclass(subject, Rule):
+        if samples:
+            raise TypeError(
+                "samples are for losses, not for an optimizer, whose gradients are drawn"
+            )
+        report = CheckReport(Finding(*found) for found in check_optimizer(subject, options))
+        print(report)
+        return report
     if isinstance(subject, FormulaModule):
         subject, options = type(subject)._function, {**subject._options(), **options}
         options.pop("reduction")
     if not isinstance(subject, FormulaLoss):
         raise TypeError(
             f"cannot check an object of {type(subject).__module__}.{type(subject).__name__} "
-            "(supported: losses made by fastopt.loss, and their modules)"
+            "(supported: losses made by fastopt.loss, their modules, and optimizers made by "
+            "fastopt.optimizer)"
         )
     report = CheckReport(Finding(*found) for found in check_loss(subject, samples, options))
     print(report)

@@ -130,7 +130,9 @@ def _update(optimizer: Any, group: dict[str, Any], param: Tensor, grad_scale: An
     if grad_scale is not None:
         grad = grad / grad_scale.to(grad.device)
     numbers = _numbers(optimizer, group, step)
-    new = optimizer._record.update(numbers, written[0], grad, *written[1:])
+    # Half precision is for what is stored, as in kernels; gradients' squares would be 0 in it.
+    wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in (*written, grad)]
+    new = optimizer._record.update(numbers, wide[0], wide[-1], *wide[1:-1])
     for old, value in zip(written, new, strict=True):
         old.copy_(torch.as_tensor(value))
 
