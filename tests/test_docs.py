@@ -12,6 +12,7 @@ import contextlib
 import doctest
 import importlib.util
 import io
+import linecache
 import os
 import re
 import shlex
@@ -28,6 +29,7 @@ import torch
 from children import ROOT, run
 
 import fastopt
+from fastopt import formula
 from fastopt.nn._operations import FUNCTIONS, MODULES
 from fastopt.nn.utils.clip_grad import FUNCTIONS as CLIPPING
 from fastopt.optim._operations import CLASSES
@@ -167,6 +169,11 @@ def documented() -> dict[str, Any]:
     return {f"fastopt.{name}": p for name, p in public.items() if ">>>" in (p.__doc__ or "")}
 
 
+@fastopt.loss
+def charbonnier(x, y, *, eps=1e-3):  # type: ignore[no-untyped-def]
+    return formula.sqrt((x - y) ** 2 + eps**2)
+
+
 def names() -> dict[str, Any]:
     """What examples take as given."""
     model = torch.nn.Linear(4, 4)
@@ -178,6 +185,7 @@ def names() -> dict[str, Any]:
         "torch": torch,
         "model": model,
         "optimizer": fastopt.optim.SGD(model.parameters()),
+        "charbonnier": charbonnier,
         "loss": model(x).square().mean(),
         "x": x,
         "y": y,
@@ -222,9 +230,11 @@ def test_example_in_a_docstring_runs(name: str) -> None:
         namespace["tokens"] = torch.randint(500, (6,))
     if "CTC" in name:  # of time steps
         namespace["log_p"] = torch.randn(9, 2, 4).log_softmax(-1).requires_grad_()
-    for example in doctest.DocTestParser().get_examples(documented()[name].__doc__):
+    for k, example in enumerate(doctest.DocTestParser().get_examples(documented()[name].__doc__)):
+        file, lines = f"<{name}, {k}>", example.source.splitlines(keepends=True)
+        linecache.cache[file] = len(example.source), None, lines, file  # a formula has to have one
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            exec(example.source, namespace)
+            exec(compile(example.source, file, "exec"), namespace)
         if example.want:
             assert re.fullmatch(pattern(example.want), out.getvalue())
 

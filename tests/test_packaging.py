@@ -33,8 +33,8 @@ SOURCES = sorted([*(ROOT / "fastopt").rglob("*.py"), *(ROOT / "kernels").rglob("
 STUBS = {str(file.relative_to(ROOT)) for file in (ROOT / "fastopt").rglob("*.pyi")}
 NAMES = {
     fastopt: {
-        "BackendUnavailable", "Explanation", "FormulaError", "convert", "dispatch", "empty_cache",
-        "explain", "nn", "optim", "optimizer", "use_backend",
+        "BackendUnavailable", "Explanation", "FormulaError", "check", "convert", "dispatch",
+        "empty_cache", "explain", "formula", "loss", "nn", "optim", "optimizer", "use_backend",
     },
     fastopt.nn: {*MODULES, "functional"},
     fastopt.nn.functional: {*FUNCTIONS_OF_NN},
