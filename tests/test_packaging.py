@@ -251,9 +251,12 @@ def test_documentation_names_every_parameter(public: Any) -> None:
 
 @pytest.mark.parametrize(
     "public",
-    [fastopt.explain, fastopt.use_backend, fastopt.empty_cache, fastopt.optimizer],
+    [
+        fastopt.check, fastopt.explain, fastopt.loss, fastopt.optimizer, fastopt.use_backend,
+        fastopt.empty_cache,
+    ],
     ids=name_of,
-)
+)  # fmt: skip
 def test_documentation_of_what_torch_does_not_have(public: Any) -> None:
     text = public.__doc__
     assert re.search(rf">>> .*fastopt\.{public.__name__}\b", text.split("Example:\n")[1])

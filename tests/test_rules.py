@@ -9,10 +9,12 @@ import linecache
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import rules
 import torch
 from cases import BACKEND, DEVICE
+from children import run_code
 from race import give_grads, layout, parameters, replica
 from rules import Adam, Lion, Loop, Mixed, SignSGD, Sophia
 from torch import Tensor
@@ -310,6 +312,40 @@ def test_deterministic() -> None:
     assert all(map(torch.equal, *found))
 
 
+INFINITY = float("inf")
+
+
+@fastopt.optimizer(states=("finite", "rate", "way"))
+def Edges(param, grad, finite, rate, way, *, lr=0.1, most=0.1):  # type: ignore[no-untyped-def]
+    """An infinite literal, a state that no element decides, and conditions of close numbers."""
+    finite = m.where(m.abs(grad) < INFINITY, grad, 0.0)
+    way = m.where(lr > most, 1.0, -1.0) * m.rounded(m.sign(finite), grad)
+    return param, m.minimum(finite, INFINITY), 1 - lr, way
+
+
+@pytest.mark.parametrize("backend", [BACKEND, "reference"])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_edges(dtype: torch.dtype, backend: str) -> None:
+    p = Parameter(torch.ones(5, dtype=dtype))
+    optimizer = Edges([p], lr=np.float64(0.1) + 1e-12)
+    p.grad = torch.tensor([1.0, -2.0, INFINITY, -INFINITY, float("nan")], dtype=dtype)
+    with fastopt.use_backend(backend):
+        optimizer.step()
+    right = torch.tensor([1.0, -2.0, 0.0, 0.0, 0.0], dtype=dtype)
+    state = optimizer.state[p]
+    assert torch.equal(state["finite"], right)
+    assert torch.equal(state["rate"], torch.full_like(p, 1 - (0.1 + 1e-12)).detach())
+    assert torch.equal(state["way"], right.sign()), "0.1 + 1e-12 is more than 0.1"
+
+
+def test_numpy_numbers_round_nothing() -> None:
+    p, q = (Parameter(torch.ones(3)) for _ in range(2))
+    for param, lr in ((p, np.float16(0.1)), (q, float(np.float16(0.1)))):
+        param.grad = torch.full((3,), 1 / 3)
+        Lion([param], lr=lr, weight_decay=0.1).step()
+    assert torch.equal(p, q)
+
+
 # -- the class ----------------------------------------------------------------------------
 
 
@@ -476,6 +512,19 @@ def test_bad_rules(rule: Any, states: Any, words: str) -> None:
 def test_bad_states(states: Any, words: str) -> None:
     with pytest.raises(TypeError, match=words):
         fastopt.optimizer(states=states)
+
+
+def test_nothing_is_compiled_before_a_step() -> None:
+    code = """
+import sys, torch, rules
+def loaded():
+    return {name.partition(".")[0] for name in sys.modules} & {"numba", "llvmlite", "triton"}
+torch.optim.Adam([torch.ones(3)])  # torch itself loads triton here, where it is installed
+before = loaded()
+rules.Adam([torch.ones(3, requires_grad=True)])
+assert loaded() == before and "numba" not in before, loaded()
+"""
+    run_code(code)
 
 
 # -- rules that are defined anew ----------------------------------------------------------

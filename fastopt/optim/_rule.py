@@ -134,7 +134,10 @@ def _update(optimizer: Any, group: dict[str, Any], param: Tensor, grad_scale: An
     wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in (*written, grad)]
     new = optimizer._record.update(numbers, wide[0], wide[-1], *wide[1:-1])
     for old, value in zip(written, new, strict=True):
-        old.copy_(torch.as_tensor(value))
+        if isinstance(value, Tensor):
+            old.copy_(value)
+        else:
+            old.fill_(value)
 
 
 def _numbers(optimizer: Any, group: dict[str, Any], step: Tensor | None) -> SimpleNamespace:
@@ -145,6 +148,8 @@ def _numbers(optimizer: Any, group: dict[str, Any], step: Tensor | None) -> Simp
     for name, value in given.items():
         if isinstance(value, Tensor):
             has_tensors, given[name] = True, value.squeeze()
+        elif not isinstance(value, bool | np.bool_):  # of NumPy's types some would round
+            given[name] = float(value)
     sign = -1.0 if group["maximize"] else 1.0
     numbers = SimpleNamespace(grad_scale=sign, **given)
     if record.derived:

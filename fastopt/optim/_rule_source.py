@@ -73,11 +73,14 @@ class _Splitting:
         #: the names of what `at_step` gives, by the source of the expression
         self._derived: dict[str, str] = {}
         self._gives: list[ast.expr] = []
+        #: the conditions that options are by themselves
+        self._flags: list[ast.expr] = []
         self._values = {name: _Value(_name(name), _ELEMENTS) for name in rule.tensors}
         for name, default in rule.options.items():
             field = self._field(name)
             if type(default) is bool:
-                self._values[name] = _Value(_is_not_zero(field), _OPTIONS, True)
+                self._flags.append(_is_not_zero(field))
+                self._values[name] = _Value(self._flags[-1], _OPTIONS, True)
             else:
                 self._values[name] = _Value(field, _OPTIONS)
         self._values |= {name: _Value(_name(name), _OPTIONS) for name in rule.given}
@@ -158,6 +161,8 @@ class _Splitting:
         return self._called("power", [base, exponent])
 
     def _call(self, node: ast.expr, name: str, values: list[_Value]) -> _Value:
+        if name == "rounded":  # to the dtype of another one: all have the same
+            return values[0]
         if all(value.by == _LITERALS for value in values):
             return self._folded(node, values)
         if name == "where" and values[0].by == _LITERALS:
@@ -209,12 +214,9 @@ class _Splitting:
             return self._given(_at_step(value)) if exact else value.source
         if value.by == _ELEMENTS:
             return value.source
-        match value.source:
-            case ast.Attribute():
-                return value.source
-            case ast.Compare(left=ast.Attribute(), comparators=[ast.Constant()]):
-                return value.source
-        if value.is_condition:
+        if isinstance(value.source, ast.Attribute) or value.source in self._flags:
+            return value.source
+        if value.is_condition:  # decided in float64, where numbers differ that in float32 don't
             ones = [_at_step(_literal(number)) for number in (1.0, 0.0)]
             function = ast.Attribute(_name(self._vocabulary), "where", ast.Load())
             return _is_not_zero(self._given(ast.Call(function, [value.source, *ones], [])))
