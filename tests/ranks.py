@@ -24,6 +24,7 @@ from class_shards import (  # noqa: F401
     logits_in_shards,
     what_is_sent,
 )
+from rules import Adam
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -258,6 +259,27 @@ def rounded_shards(seed: int, folder: Path) -> Outcome:
         assert not torch.equal(first, second)
         found.append({"whole": replicas[0], "cut": cut.detach().full_tensor()})
     return found[0], found[1]
+
+
+def rule_in_shards(seed: int, folder: Path) -> Outcome:
+    """A user's rule, beside torch's optimizer of the same name on whole parameters."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    torch.manual_seed(seed)
+    values = [torch.randn(7, 5, dtype=torch.float64) for _ in range(4)]
+    whole = nn.Parameter(values[0].clone())
+    cut = nn.Parameter(distribute_tensor(values[0], mesh, [Shard(0)]))
+    theirs, ours = torch.optim.Adam([whole], lr=0.1), Adam([cut], lr=0.1)
+    for grad in values[1:]:
+        whole.grad, cut.grad = grad, distribute_tensor(grad, mesh, [Shard(0)])
+        theirs.step()
+        ours.step()
+    is_compiled(ours)
+    (state,) = ours.state.values()
+    found = {"p": cut, "m": state["exp_avg"]}
+    return (
+        {name: value.detach().full_tensor() for name, value in found.items()},
+        {"p": whole.detach(), "m": theirs.state[whole]["exp_avg"]},
+    )
 
 
 def zero_redundancy(seed: int, folder: Path, views: bool = False) -> Outcome:

@@ -62,6 +62,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         ("shards_replaced", {}),
         ("cut_otherwise", {}),
         ("rounded_shards", {}),
+        ("rule_in_shards", {}),
         ("zero_redundancy", {}),
         ("zero_redundancy", {"views": True}),
         ("checkpoints", {"first": "torch"}),
