@@ -570,6 +570,19 @@ def test_the_same_rule_again_compiles_nothing_and_keeps_nothing() -> None:
     assert moved(scaled(5.0)) == 5.0
 
 
+def test_a_source_is_there_as_long_as_a_record_is() -> None:
+    older = scaled(6.0)
+    _rule._record_of.cache_clear()
+    newer = scaled(6.0)
+    file = older._record.update.__code__.co_filename
+    assert newer._record is not older._record
+    assert newer._record.update.__code__.co_filename == file
+    del older
+    gc.collect()
+    assert "6.0" in inspect.getsource(newer._record.at_step)
+    assert moved(newer) == 6.0
+
+
 def test_a_cell_that_is_run_again() -> None:
     """As in a notebook, whose cells are in linecache."""
     names: dict[str, Any] = {"fastopt": fastopt, "m": m, "__name__": "notebook"}

@@ -206,7 +206,9 @@ class Body:
             case ast.Attribute():
                 plain = self._attribute(node)
             case _:
-                words = _EXPRESSIONS.get(type(node), "write numbers, operators and {m}'s functions")
+                words = _EXPRESSIONS.get(
+                    type(node), "write numbers, operators and calls of the vocabulary"
+                )
                 raise self._fail(node, self._told(words))
         return ast.copy_location(plain, node), is_condition
 
@@ -309,7 +311,7 @@ class Body:
             return f"{what}; a formula sees one element of each tensor, not all of them"
         if isinstance(value, FunctionType):
             return f"{what}; write out what {name} computes"
-        return f"{what}{self._guess(name)}, which has: {', '.join(formula.__all__)}"
+        return f"{what}{self._guess(name) or ', which has: ' + ', '.join(formula.__all__)}"
 
     def _is_module(self, node: ast.expr) -> bool:
         return isinstance(self._resolve(node), ModuleType)

@@ -266,7 +266,7 @@ def _default(argument: ast.arg, value: Any, fail: Any) -> bool | int | float:
         raise fail(
             argument,
             f"the default of {argument.arg} is {value!r}, of type {type(value).__name__}; "
-            "it has to be a bool, an int or a float",
+            "it has to be a bool, an int or a float, and each number an option of its own",
         )
     number: bool | int | float = kind(value)
     if math.isnan(_as_float(number)):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
 import inspect
-import itertools
 import keyword
 import linecache
 import math
@@ -310,10 +310,12 @@ def _constructor(usual: Mapping[str, Any]) -> Callable[..., None]:
 @functools.lru_cache(maxsize=128)
 def _record_of(name: str, formulas: Formulas, options: tuple[str, ...]) -> type[Update]:
     """The record of a rule."""
-    file = f"<{name} {next(_counter)}>"  # of its own: older rules of that name may still run
+    # Another rule of that name, which may still run, is another file; the same one is the same file
+    # in each process.
+    file = f"<{name} {hashlib.sha256(formulas.source.encode()).hexdigest()[:16]}>"
     # There, compilers find the source.
     lines = formulas.source.splitlines(keepends=True)
-    linecache.cache[file] = len(formulas.source), None, lines, file
+    entry = linecache.cache[file] = len(formulas.source), None, lines, file
     # Without __name__: who finds one looks for the names in that module, as torch.compile does.
     made: dict[str, Any] = {formulas.vocabulary: formula}
     exec(compile(formulas.source, file, "exec", dont_inherit=True), made)
@@ -328,11 +330,14 @@ def _record_of(name: str, formulas: Formulas, options: tuple[str, ...]) -> type[
             made[definition].__qualname__ = f"{name}.{definition}"
             members[definition] = made[definition]
     record = type(name, (Update,), members)
-    weakref.finalize(record, linecache.cache.pop, file, None).atexit = False
+    weakref.finalize(record, _forget_source, file, entry).atexit = False
     return record
 
 
-_counter = itertools.count()
+def _forget_source(file: str, entry: Any) -> None:
+    """Unless it has become the source of another record."""
+    if linecache.cache.get(file) is entry:
+        del linecache.cache[file]
 
 
 # -- what options may be ------------------------------------------------------------------
