@@ -113,20 +113,27 @@ def _fields_of(written: Written) -> dict[str, str]:
 
 
 def _function_of(text: str, name: str, written: Written) -> FunctionType:
-    """A function from its source, which whoever compiles it finds as long as it is there."""
+    """The function of a source, which whoever compiles it finds as long as the function is there.
+
+    The same source has the same file's name in each process: GPU code on the disk has it.
+    """
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     function = written.function
-    file = f"<{name} of {function.__module__}.{function.__qualname__}, {digest}-{next(_counter)}>"
+    file = f"<{name} of {function.__module__}.{function.__qualname__}, {digest}>"
+    known = _FUNCTIONS.get(file)
+    if known is not None:
+        return known
     made: dict[str, Any] = {"m": formula, "m_": formula, "m__": formula}
     exec(compile(text, file, "exec"), made)
     result: FunctionType = made.pop(name)
+    result.__module__ = __name__
     linecache.cache[file] = len(text), None, text.splitlines(keepends=True), file
     weakref.finalize(result, linecache.cache.pop, file, None)
-    result.__module__ = __name__
+    _FUNCTIONS[file] = result
     return result
 
 
-_counter = itertools.count()
+_FUNCTIONS: weakref.WeakValueDictionary[str, FunctionType] = weakref.WeakValueDictionary()
 
 
 # -- on torch's tensors ----------------------------------------------------------------------
