@@ -1,6 +1,7 @@
 """python -m fastopt: versions, devices, threads, and what runs where.
 
 python -m fastopt warmup [DTYPE ...] [--only NAME ...]: compile for the CPU ahead of the first step.
+python -m fastopt warmup --loss MODULE:NAME ...: the same for losses of your own.
 python -m fastopt tune [--only NAME ...]: measure from how many elements on kernels pay here.
 python -m fastopt tune --forget: back to the crossovers that fastopt comes with.
 """
@@ -14,7 +15,7 @@ import platform
 import torch
 
 from . import __version__, _tune
-from ._warmup import DTYPES, NAMES, warm_up
+from ._warmup import DTYPES, NAMES, warm_up, written
 from .dispatch import BACKENDS, Request
 from .errors import BackendUnavailable
 from .front import measured
@@ -34,8 +35,12 @@ def main() -> None:
     )
     warmup.add_argument("dtype", nargs="*", help=f"{', '.join(DTYPES)} (default: float32)")
     warmup.add_argument(
-        "--only", nargs="+", choices=NAMES, metavar="NAME", default=NAMES,
+        "--only", nargs="+", choices=NAMES, metavar="NAME",
         help="losses (as functions are called) and optimizers (as classes are; default: all)",
+    )  # fmt: skip
+    warmup.add_argument(
+        "--loss", nargs="+", metavar="MODULE:NAME", default=[],
+        help="losses of your own, made by fastopt.loss; without --only them alone",
     )  # fmt: skip
     tuning = commands.add_parser(
         "tune", help="measure from how many elements on losses' kernels pay on this machine"
@@ -49,7 +54,12 @@ def main() -> None:
     if arguments.command == "warmup":
         if unknown := set(arguments.dtype) - DTYPES.keys():
             parser.error(f"no dtype {', '.join(unknown)} (choose from {', '.join(DTYPES)})")
-        warm_up(arguments.dtype or ["float32"], arguments.only)
+        try:
+            losses = list(map(written, arguments.loss))
+        except ValueError as error:
+            parser.error(str(error))
+        only = arguments.only or (() if losses else NAMES)
+        warm_up(arguments.dtype or ["float32"], only, losses)
     elif arguments.command == "tune":
         try:
             if arguments.forget:

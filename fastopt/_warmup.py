@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import itertools
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ import torch
 from .dispatch import use_backend
 from .errors import BackendUnavailable
 from .front.call import RECORDS
+from .front.formula_loss import FormulaLoss
 from .front.route import RouteCache
 from .front.samples import usual
 from .front.torch_only import TorchOnly
@@ -47,6 +50,32 @@ def jobs(
                 yield name, OPTIMIZERS[name](params, **options).step
 
 
+def written(place: str) -> FormulaLoss:
+    """A user's loss by its place, as in "package.module:name".
+
+    Raises:
+        ValueError: there is none at that place.
+    """
+    module, _, name = place.partition(":")
+    try:
+        found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"no {place!r} (expected MODULE:NAME): {error}") from error
+    if not isinstance(found, FormulaLoss):
+        raise ValueError(f"{place} is a {type(found).__name__}, not a loss made by fastopt.loss")
+    return found
+
+
+def jobs_of(loss: FormulaLoss, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The same for a user's loss: with a gradient for its first tensor, or all that have one."""
+    for size in _SIZES:
+        for followed in dict.fromkeys((loss.followed[:1], loss.followed)):
+            tensors = [torch.rand(size).to(dtype) for _ in loss.tensors]
+            for k in followed:
+                tensors[k].requires_grad_()
+            yield loss.__name__, _loss(functools.partial(loss, *tensors))
+
+
 def _loss(value: Callable[[], Any]) -> Callable[[], None]:
     def call() -> None:
         RouteCache.forget()  # what earlier calls have taught about backward passes
@@ -58,14 +87,23 @@ def _loss(value: Callable[[], Any]) -> Callable[[], None]:
     return call
 
 
-def warm_up(dtypes: list[str], only: Collection[str] = NAMES) -> None:
-    """Compile for these dtypes, names of DTYPES; what is in the disk cache already is read."""
+def warm_up(
+    dtypes: list[str], only: Collection[str] = NAMES, losses: Sequence[FormulaLoss] = ()
+) -> None:
+    """Compile for these dtypes, names of DTYPES; what is in the disk cache already is read.
+
+    Args:
+        dtypes: names of DTYPES.
+        only: names of operations.
+        losses: of users.
+    """
     begin = time.perf_counter()
-    widest = max(map(len, only))
+    widest = max(map(len, (*only, *(loss.__name__ for loss in losses))))
     with use_backend("numba"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of torch's, about usual calls
         for dtype in dtypes:
-            for name, job in jobs(DTYPES[dtype], only):
+            users = (jobs_of(loss, DTYPES[dtype]) for loss in losses)
+            for name, job in itertools.chain(jobs(DTYPES[dtype], only), *users):
                 start = time.perf_counter()
                 try:
                     job()

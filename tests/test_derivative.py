@@ -211,3 +211,18 @@ def test_constant_tensors_come_last_and_have_no_slope() -> None:
     assert record.followed == ("y",)
     value, by_y = record().value_and_slopes(torch.tensor(5.0), torch.tensor(3.0))
     assert (value, by_y) == (21.0, 3.0)
+
+
+# fmt: off
+def deep(x: Any) -> Any:
+    return m.tanh(1.0 + m.exp(-m.tanh(1.0 + m.exp(-m.tanh(1.0 + m.exp(-m.tanh(1.0 + m.exp(
+        -m.tanh(1.0 + m.exp(-m.tanh(1.0 + m.exp(-m.tanh(1.0 + m.exp(-x)))))))))))))) * x
+# fmt: on
+
+
+def test_long_expressions_are_in_several_lines() -> None:
+    source = record_of(deep).source
+    assert max(line.count("(") for line in source.splitlines()) <= 16
+    (x,) = grid(1)
+    for mine, its in zip(record_of(deep)().value_and_slopes(x), by_torch(deep, x), strict=True):
+        torch.testing.assert_close(mine, its, equal_nan=True)

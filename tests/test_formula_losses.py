@@ -259,6 +259,17 @@ def test_compiled_graphs() -> None:
     assert "torch.compile, where what torch has not is torch's operations" in told
 
 
+def test_kernels_insisted_on_in_a_graph_are_refused() -> None:
+    """Not ignored: there is no operator that would run them."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda a: log_cosh(a, a), fullgraph=True, backend="eager")
+    with (
+        fastopt.use_backend(BACKEND),
+        pytest.raises(Exception, match="a loss of your own is torch's operations"),
+    ):
+        compiled(torch.randn(3, device=DEVICE))
+
+
 def test_traced_by_fx_as_one_node() -> None:
     class Model(torch.nn.Module):
         def forward(self, a: Tensor, b: Tensor) -> Tensor:

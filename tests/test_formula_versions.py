@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import linecache
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,30 @@ def test_script(tmp_path: Path) -> None:
         assert (int(hits), int(misses)) == ((1, 0) if read else (0, 1))
         counts.append(len([f for f in cache.rglob("flat*.nbc") if "flat_run" in f.name]))
     assert counts == [1] * 5
+
+
+@pytest.mark.skipif(INTERPRETED or DEVICE != "cpu", reason="about the CPU's disk cache")
+def test_warmup(tmp_path: Path) -> None:
+    """A process after it compiles nothing of a loss in a module."""
+    pytest.importorskip("numba")
+    (tmp_path / "own_losses.py").write_text(LOSS.format(factor=2.0))
+    env = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    here = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    main = "import runpy; runpy.run_module('fastopt', run_name='__main__')\n"
+    words = "sys.argv[1:] = ['warmup', '--loss', 'own_losses:square']\n"
+    assert "square float32" in run_code(here + words + main, **env)
+    *_, hits, misses = run_code(
+        here + "import fastopt\nfrom own_losses import square\n" + CALL, **env
+    ).split()
+    assert (int(hits), int(misses)) == (1, 0)
+    for place, why in (
+        ("own_losses:cube", "no attribute 'cube'"), ("own_losses:m", "not a loss"),
+        ("nowhere:square", "No module named 'nowhere'"), ("square", "expected MODULE:NAME"),
+    ):  # fmt: skip
+        command = [sys.executable, "-m", "fastopt", "warmup", "--loss", place]
+        child = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert child.returncode == 2
+        assert why in child.stderr
 
 
 def value_of(loss: Any) -> float:

@@ -159,6 +159,12 @@ class FormulaLoss:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if is_compiling():
+            asked_for = dispatch.insisted_while_tracing()
+            if asked_for not in (None, "reference"):
+                raise RuntimeError(
+                    f"use_backend({asked_for!r}) insists on kernels, but inside of what "
+                    "torch.compile compiles a loss of your own is torch's operations"
+                )
             return self._defined(args, kwargs)
         values = (*args, *kwargs.values())
         key = key_of(kwargs, values)

@@ -20,7 +20,7 @@ from ..kernels.operation import Elementwise
 from .circumstances import autocasts
 from .crossover import usual_crossover
 from .derivative import derivatives
-from .graph import Graph, source_of
+from .graph import Graph, names_in_code, source_of
 from .records import name_for, register
 from .written import Written
 
@@ -86,7 +86,7 @@ def record_of_formula(meaning: Meaning) -> type[FormulaRecord]:
         "__annotations__": {fields[name]: kind for name, kind in kinds.items()},
         **{fields[name]: default if kinds[name] == "bool" else float(default)
            for name, default in written.options.items()},
-        **{name: _function_of(text, name, written) for name, text in texts.items()},
+        **{name: _function_of(text, name, meaning) for name, text in texts.items()},
         "slopes": len(meaning.followed),
         "integers": meaning.operands,
         "constants": meaning.operands[len(meaning.followed) :],
@@ -112,18 +112,19 @@ def _fields_of(written: Written) -> dict[str, str]:
     return fields
 
 
-def _function_of(text: str, name: str, written: Written) -> FunctionType:
+def _function_of(text: str, name: str, meaning: Meaning) -> FunctionType:
     """The function of a source, which whoever compiles it finds as long as the function is there.
 
     The same source has the same file's name in each process: GPU code on the disk has it.
     """
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    function = written.function
+    function = meaning.written.function
     file = f"<{name} of {function.__module__}.{function.__qualname__}, {digest}>"
     known = _FUNCTIONS.get(file)
     if known is not None:
         return known
-    made: dict[str, Any] = {"m": formula, "m_": formula, "m__": formula}
+    _, module = names_in_code(meaning.operands)
+    made: dict[str, Any] = {module: formula}
     exec(compile(text, file, "exec"), made)
     result: FunctionType = made.pop(name)
     result.__module__ = __name__

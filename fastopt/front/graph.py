@@ -16,7 +16,7 @@ import torch
 from .. import formula
 from .written import Written
 
-__all__ = ["LEAVES", "Graph", "source_of"]
+__all__ = ["LEAVES", "Graph", "names_in_code", "source_of"]
 
 _ARITHMETIC: dict[type[ast.operator], str] = {
     ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**"
@@ -28,6 +28,8 @@ _COMPARES: dict[type[ast.cmpop], str] = {
 LEAVES = ("tensor", "option", "number")
 #: A whole power up to this one is made of products.
 _MOST_PRODUCTS = 32
+#: Of operations in one expression: Python's parser takes some hundred parentheses.
+_DEEPEST = 12
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b,
     "/": lambda a, b: a / b, "power": lambda a, b: a**b,
@@ -250,8 +252,9 @@ def source_of(
         uses[node] += 1
         if uses[node] == 1 and graph.operations[node][0] not in LEAVES:
             pending += graph.operations[node][1]
-    taken = set(operands)
-    record, module = _free("h", taken), _free("m", taken)
+    record, module = names_in_code(operands)
+    taken = {record, module, *operands}
+    depths = [0] * len(graph.operations)
     variables: dict[int, str] = {}
     lines = [f"def {name}({', '.join((record, *operands))}):"]
 
@@ -263,8 +266,12 @@ def source_of(
             return ast.Attribute(ast.Name(record), fields[arguments[0]])
         return _written(kind, arguments, written, module)
 
-    for node, (kind, _) in enumerate(graph.operations):
-        if uses[node] and kind not in LEAVES and (uses[node] > 1 or node in named):
+    for node, (kind, arguments) in enumerate(graph.operations):
+        if not uses[node] or kind in LEAVES:
+            continue
+        depths[node] = 1 + max(depths[a] for a in arguments)
+        if uses[node] > 1 or node in named or depths[node] > _DEEPEST:
+            depths[node] = 0
             text = ast.unparse(written(node))
             variables[node] = _free(named.get(node, f"t{node}"), taken)
             lines.append(f"    {variables[node]} = {text}")
@@ -274,6 +281,12 @@ def source_of(
 
 _SYMBOLS: dict[str, ast.operator] = {word: kind() for kind, word in _ARITHMETIC.items()}
 _COMPARING: dict[str, ast.cmpop] = {word: kind() for kind, word in _COMPARES.items()}
+
+
+def names_in_code(operands: Sequence[str]) -> tuple[str, str]:
+    """What a function of these operands calls its record, and the vocabulary."""
+    taken = set(operands)
+    return _free("h", taken), _free("m", taken)
 
 
 def _free(name: str, taken: set[str]) -> str:
