@@ -80,6 +80,10 @@ def check(subject: Any, /, *samples: Any, **options: Any) -> CheckReport:
         ValueError: the loss of the samples isn't finite.
 
     Example:
+        >>> from fastopt import formula as m
+        >>> @fastopt.loss
+        ... def charbonnier(input, target, *, eps=1e-3):
+        ...     return m.sqrt((input - target) ** 2 + eps**2)
         >>> assert fastopt.check(charbonnier, eps=0.1)
     """
     if isinstance(subject, type) and issubclass(subject, Rule):

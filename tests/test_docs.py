@@ -230,11 +230,12 @@ def test_example_in_a_docstring_runs(name: str) -> None:
         namespace["tokens"] = torch.randint(500, (6,))
     if "CTC" in name:  # of time steps
         namespace["log_p"] = torch.randn(9, 2, 4).log_softmax(-1).requires_grad_()
-    for k, example in enumerate(doctest.DocTestParser().get_examples(documented()[name].__doc__)):
-        file, lines = f"<{name}, {k}>", example.source.splitlines(keepends=True)
-        linecache.cache[file] = len(example.source), None, lines, file  # a formula has to have one
+    namespace["__name__"] = __name__
+    for example in doctest.DocTestParser().get_examples(documented()[name].__doc__):
+        place = f"<{name}, line {example.lineno}>"  # where a formula is read from
+        linecache.cache[place] = len(example.source), None, example.source.splitlines(True), place
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            exec(compile(example.source, file, "exec"), namespace)
+            exec(compile(example.source, place, "exec"), namespace)
         if example.want:
             assert re.fullmatch(pattern(example.want), out.getvalue())
 
