@@ -37,28 +37,28 @@ def explain(subject: Any, /, *args: Any, compiled: bool = False, **kwargs: Any) 
             a fastopt optimizer. Parameters that have no gradient yet count as if they had
             one of their own dtype and layout. Or a fastopt AveragedModel, followed by the model
             that ``update_parameters`` is given.
-        compiled: of a loss, how it would run inside of what torch.compile compiles.
+        compiled: of a loss or a step, how it would run inside of what torch.compile compiles.
 
     Returns:
         A tuple of :class:`fastopt.dispatch.Decision` that prints as the explanation.
 
     Raises:
-        TypeError: subject is none of these; or `compiled` with something else than a loss.
+        TypeError: subject is none of these; or `compiled` with averages.
         BackendUnavailable: inside ``use_backend``, that backend can't serve the call.
 
     Example:
         >>> print(fastopt.explain(fastopt.nn.MSELoss(), x, y))
         >>> print(fastopt.explain(optimizer))
     """
-    if compiled and isinstance(subject, (PlannedStep, TorchsStep, AveragedModel)):
+    if compiled and isinstance(subject, AveragedModel):
         raise TypeError(
-            f"compiled=True is for losses, not for an object of {type(subject).__name__}: inside "
-            "torch.compile a step is torch's own code"
+            "compiled=True is for losses and optimizers, not for an object of "
+            f"{type(subject).__name__}: inside torch.compile averages are torch's own code"
         )
     if isinstance(subject, (PlannedStep, TorchsStep)):
         if args or kwargs:
             raise TypeError("an optimizer is explained by itself, without further arguments")
-        return Explanation(subject._decisions())
+        return Explanation(subject._decisions(compiled=compiled))
     if isinstance(subject, AveragedModel):
         return Explanation(subject._decisions(*args, **kwargs))
     if isinstance(subject, LossModule) and not hasattr(subject, "decide"):

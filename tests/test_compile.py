@@ -111,7 +111,7 @@ def test_compiled_model_and_a_step_that_is_not(compiler: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_step(name: str, compiler: str) -> None:
-    """Torch's own step is compiled in place of ours, and the two can take turns."""
+    """A step inside torch.compile and an eager one can take turns."""
     net = torch.nn.Linear(7, 3)
     twin = copy.deepcopy(net)
     mine, torchs = (

@@ -362,8 +362,9 @@ def test_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     with fastopt.use_backend(BACKEND):
         (decision,) = fastopt.explain(fastopt.nn.MSELoss(), *of("mse_loss"), compiled=True)
     assert decision.backend == BACKEND
-    with pytest.raises(TypeError, match="compiled=True is for losses"):
-        fastopt.explain(fastopt.optim.SGD([torch.ones(2)]), compiled=True)
+    average = fastopt.optim.swa_utils.AveragedModel(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="compiled=True is for losses and optimizers"):
+        fastopt.explain(average, average.module, compiled=True)
 
 
 def test_create_graph() -> None:

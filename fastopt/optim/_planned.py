@@ -24,6 +24,7 @@ from ._planner import Planner
 from ._rounded_step import rounded_step
 from ._rounding import HALVES, Rounded, slot_rounding, with_rounding
 from ._seams import circumstances, torchs_parts
+from ._shards import is_dtensor
 from ._sort import size_of, sort
 
 Group = dict[str, Any]
@@ -87,6 +88,9 @@ class PlannedStep(Rounded):
     grad_norm: Tensor | None = None
     #: the averages that follow the steps
     _followers: tuple[Follower, ...] = ()
+    #: what graphs of torch.compile have of it, and by which name; None before the first
+    _in_graph: Any = None
+    _name_in_graphs: str | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -200,7 +204,8 @@ class PlannedStep(Rounded):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
 
-        Inside ``torch.compile`` it is torch's own step that is compiled.
+        Inside ``torch.compile`` it is one operator of the graph, or torch's own step where no
+        kernel serves; `explain` says which.
 
         Args:
             closure: computes the loss anew and returns it; called first, with gradients
@@ -228,6 +233,11 @@ class PlannedStep(Rounded):
                     f"state_dtype={self.state_dtype}, rounding={self.rounding!r} inside "
                     "torch.compile (supported: a step outside of what is compiled)"
                 )
+            if torch.compiler.is_dynamo_compiling():
+                from ._in_graph import step_in_graph  # which brings torch's compiler
+
+                if step_in_graph(self):
+                    return loss
             if self.max_grad_norm is not None:
                 limit = self.max_grad_norm
                 self.grad_norm = torch.nn.utils.clip_grad_norm_(all_params(self), limit)
@@ -341,10 +351,43 @@ class PlannedStep(Rounded):
         finally:
             self.param_groups = groups
 
-    def _decisions(self) -> tuple[Decision, ...]:
+    def _facts_for_graph(self, backend: str | None) -> Any:
+        """See `_in_graph.facts_of`: torch.compile runs this, and takes the result for constant."""
+        from ._in_graph import facts_of
+
+        return facts_of(self, backend)
+
+    def _decisions(self, compiled: bool = False) -> tuple[Decision, ...]:
+        """Who serves each kind of parameters.
+
+        Args:
+            compiled: inside torch.compile.
+
+        Raises:
+            BackendUnavailable: the backend insisted on can't serve every parameter.
+        """
+        # In a graph one without a gradient is refused, if at all, by a step in which it has one.
+        shares = sort(self, without_grads=not compiled or dispatch.insisted() is None).shares
+        reasons = self._refuse_graph() if compiled else ()
+        decisions = [share.decision for share in shares]
+        if reasons:
+            requests = [decision.request for decision in decisions]
+            special = [(*request.special, *reasons) for request in requests]
+            decisions = [
+                dispatch.choose(r._replace(special=s))
+                for r, s in zip(requests, special, strict=True)
+            ]
         return tuple(
             dispatch.describe(
                 decision, self._described_by, kind.param, [size_of(m.param) for m in members]
             )
-            for kind, decision, members in sort(self, without_grads=True).shares
+            for decision, (kind, _, members) in zip(decisions, shares, strict=True)
         )
+
+    def _refuse_graph(self) -> tuple[str, ...]:
+        """Why a step inside torch.compile is torch's own, in words; most often nothing."""
+        if self._followers:
+            return ("averages that follow its steps, inside torch.compile",)
+        if any(map(is_dtensor, all_params(self))):
+            return ("DTensors inside torch.compile",)
+        return ()

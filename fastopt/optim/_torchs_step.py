@@ -23,7 +23,7 @@ class TorchsStep(Optimizer):
     #: why no kernel takes it, in words for `explain`
     _reason: ClassVar[str]
 
-    def _decisions(self) -> tuple[Decision, ...]:
+    def _decisions(self, compiled: bool = False) -> tuple[Decision, ...]:
         """The decision about the parameters of each device and dtype."""
         alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for group in self.param_groups:

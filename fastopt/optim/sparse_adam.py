@@ -104,9 +104,9 @@ class SparseAdam(PlannedStep, torch.optim.SparseAdam):
         param.grad = torch.ones_like(param).to_sparse(1)
         return [param]
 
-    def _decisions(self) -> tuple[Decision, ...]:
+    def _decisions(self, compiled: bool = False) -> tuple[Decision, ...]:
         found: dict[tuple[tuple[torch.dtype, ...], tuple[str, ...]], list[Tensor]] = {}
-        around = self._around()
+        around = (*self._around(), *["sparse gradients inside torch.compile"] * compiled)
         for group in self.param_groups:
             for param in group["params"]:
                 kind = _kind(param, self.state.get(param, {}))
