@@ -81,9 +81,9 @@ Of optimizers:
   parameter, say) are computed with, where torch refuses some of them.
 Of both:
 
-- **Inside torch.compile** a loss is [an operator of the graph](dispatch.md#inside-torchcompile) and
-  an optimizer's step torch's own code, whatever `use_backend` insists on, as both are in
-  torch.jit.trace.
+- **Inside torch.compile** a loss and [a step](dispatch.md#a-compiled-training-step) are
+  [operators of the graph](dispatch.md#inside-torchcompile). In torch.jit.trace both are torch's own
+  code, whatever `use_backend` insists on.
 - **Precision**: bfloat16 and float16 are computed in float32 and rounded once, so results are
   closer to the exact ones than torch's ([how close](accuracy.md)) and now and then finite where
   torch's overflow.

@@ -12,6 +12,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from class_shards import (  # noqa: F401
 )
 from rules import Adam
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -155,6 +157,43 @@ def data_parallel(seed: int, folder: Path, name: str = "AdamW", **options: Any) 
     losses = train(model, optimizer, [*map(mine, data(seed))], criterion, clip=0.1)
     is_compiled(optimizer)
     return results(model.module, averaged(losses)), alone(seed, name, clip=0.1)
+
+
+def compiled_with_loss(seed: int, folder: Path, name: str = "AdamW") -> Outcome:
+    """Torch.compile splits a graph where buckets of gradients end; the last part has the loss."""
+
+    class WithLoss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.criterion = net(seed), fastopt.nn.CrossEntropyLoss()
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            loss: Tensor = self.criterion(self.net(x), y)
+            return loss
+
+    operators = []
+
+    def note(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        # The loss's operator, which is made a kernel's once the graph is made ready for a compiler.
+        operators.append([str(node.target) for node in graph.graph.nodes])
+        return aot_eager(graph, inputs)
+
+    assert torch._dynamo.config.optimize_ddp
+    model = DistributedDataParallel(WithLoss(), bucket_cap_mb=0.05)
+    optimizer = getattr(fastopt.optim, name)(model.parameters(), **OPTIMIZERS[name])
+    compiled = torch.compile(model, backend=note)
+    losses = []
+    first = mock.patch.object(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 10_000)
+    with first, fastopt.use_backend("numba"):
+        for x, y in map(mine, data(seed)):
+            loss = compiled(x, y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+    assert len(operators) > 1
+    assert sum("fastopt.cross_entropy" in names for names in operators) == 1
+    return results(model.module.net, averaged(losses)), alone(seed, name)
 
 
 def fully_sharded(seed: int, folder: Path, name: str = "AdamW", **options: Any) -> Outcome:

@@ -56,6 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     [
         *(("data_parallel", {"name": name}) for name in ranks.OPTIMIZERS),
         ("data_parallel", {"gradient_as_bucket_view": True}),
+        ("compiled_with_loss", {}),
         *(("fully_sharded", {"name": name}) for name in ranks.OPTIMIZERS),
         ("fully_sharded", {"name": "AdamW", "fused": True}),
         ("mixed_precision", {}),

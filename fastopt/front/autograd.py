@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from ..kernels import reference
 from ..kernels.layout import is_released, released_error
@@ -124,6 +125,10 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        if is_dynamo_compiling():  # compiled autograd reads this function
+            from .untraced import backward
+
+            return backward(_FusedLoss, ctx, *grad_outputs)
         (grad_output,) = grad_outputs
         needs = ctx.needs_input_grad[3:]
         grads = vars(ctx).pop("grads", None)  # at once: threads may go back through one graph

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from .. import dispatch
 from .. import formula as m
@@ -172,6 +173,10 @@ class _Divergences(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        if is_dynamo_compiling():  # compiled autograd reads this function
+            from ..front.untraced import backward
+
+            return backward(_Divergences, ctx, *grad_outputs)
         x, y, kept = ctx.saved_tensors
         if torch.is_grad_enabled() or is_foreign(grad_outputs):  # create_graph and the like
             with torch.enable_grad():

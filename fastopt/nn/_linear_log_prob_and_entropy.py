@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn import functional as F
 
 from ..front.circumstances import is_foreign
@@ -35,6 +35,10 @@ class _Outcomes(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        if is_dynamo_compiling():  # compiled autograd reads this function
+            from ..front.untraced import backward
+
+            return backward(_Outcomes, ctx, *grad_outputs)
         x, w, target, kept, *bias = ctx.saved_tensors
         b = bias[0] if bias else None
         grads, needs = grad_outputs[:3], ctx.needs_input_grad[1:]

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from .. import dispatch
 from ..dispatch import Decision
@@ -101,6 +101,10 @@ class _Outcomes(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        if is_dynamo_compiling():  # compiled autograd reads this function
+            from ..front.untraced import backward
+
+            return backward(_Outcomes, ctx, *grad_outputs)
         x, target, kept = ctx.saved_tensors
         grads = grad_outputs[:3]
         if torch.is_grad_enabled() or is_foreign(grads):  # create_graph and the like
