@@ -28,7 +28,7 @@ KERNEL_TESTS := $(addprefix tests/test_,losses.py extremes.py loss_contract.py l
 	optimizer_contract.py optim_db.py optim_gradients.py \
 	averages.py averages_in_step.py clip.py clipped_step.py lion.py muon.py adafactor.py \
 	rounding.py traps.py triton.py rows.py nll.py vocabulary.py \
-	formula_losses.py check.py rules.py check_optimizer.py step_in_graph.py)
+	formula_losses.py check.py rules.py check_optimizer.py step_in_graph.py outcomes_in_graph.py)
 
 .PHONY: demo test clients versions archives fuzz gpu-check bench docs lint clean
 

@@ -9,7 +9,11 @@ import torch
 
 from .operation import Operation
 
-__all__ = ["Divergence", "Divergences"]
+__all__ = ["KEPT", "Divergence", "Divergences"]
+
+#: Numbers of a row that the backward pass wants: the largest logit and the sum of exponentials of
+#: the student and of the teacher, and what `finish` gives beside the value.
+KEPT = 5
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor (…, C) as (N, C), its classes side by side; a copy only where they are not."""
-    rows = tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+    rows = tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])  # maybe of symbols
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 

@@ -168,7 +168,7 @@ def test_which_backend() -> None:
     assert decision.backend == "reference"
     (decision,) = fastopt.explain(ours.log_prob_and_entropy, x, target, compiled=True)
     assert decision.backend == "reference"
-    assert "torch.compile" in str(decision)
+    assert "fewer than the 4194304" in str(decision)
     (decision,) = fastopt.explain(ours.log_prob_and_entropy, x.repeat(2000, 1), target.repeat(2000))
     assert decision.backend == "numba"
     assert decision.request.operation == "log_prob_and_entropy"

@@ -226,7 +226,7 @@ def prepare(
     assert input is not None
     given = [t for t in tensors if t is not None]
     add_circumstances(given, special)
-    if is_traced() and not hasattr(record, "twin"):
+    if is_traced() and not hasattr(record, "twin") and record.compiled_crossover == NEVER:
         special.append("torch.compile, where what torch has not is torch's operations")
     if not (isinstance(reduction, str) and reduction in reductions):
         special.append(f"reduction={reduction!r}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def backward(function: type[torch.autograd.Function], ctx: Any, *grad_outputs: Any) -> Any:
     """That of a function of autograd, as in an eager backward pass.
 

@@ -16,7 +16,8 @@ from ..dispatch import Decision
 from ..front.analysis import Call, prepare
 from ..front.call import backend_for
 from ..front.circumstances import is_foreign
-from ..kernels.distillation import Divergence
+from ..front.opaque import GraphBackend, define, define_composed
+from ..kernels.distillation import KEPT, Divergence
 from ..kernels.layout import as_rows, is_released, released_error
 
 __all__ = ["distillation_loss"]
@@ -36,6 +37,7 @@ class _Distillation(Divergence):
 
     _abstract = True
     crossover = 131_072
+    compiled_crossover = 4_194_304
 
     def definition(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         raise NotImplementedError
@@ -117,6 +119,13 @@ def record_of(temperature: float, beta: float) -> _Distillation:
     return ReverseKL(temperature) if beta == 1 else GeneralisedJSD(temperature, beta, 1 - beta)
 
 
+def beta_of(record: _Distillation) -> float:
+    """The other way round."""
+    return (
+        record.beta if isinstance(record, GeneralisedJSD) else float(isinstance(record, ReverseKL))
+    )
+
+
 def plain(record: _Distillation, student: Tensor, teacher: Tensor) -> Tensor:
     """The definition, a value for each position."""
     wide = torch.promote_types(student.dtype, torch.float32)
@@ -160,6 +169,54 @@ def _analyse(student: Tensor, teacher: Tensor) -> Call:
     )  # fmt: skip
 
 
+def _run_divergences(
+    x: Tensor, y: Tensor, temperature: float, beta: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    values, kept = dispatch.load(backend).divergences(record_of(temperature, beta), x, y)
+    return values, kept
+
+
+def _fake_divergences(
+    x: Tensor, y: Tensor, temperature: float, beta: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    kept = x.new_empty((x.shape[0], KEPT), dtype=torch.float64 if backend == "numba" else wide)
+    return x.new_empty(x.shape[:1], dtype=wide), kept
+
+
+def _run_gradient(
+    x: Tensor, y: Tensor, kept: Tensor, grads: Tensor, temperature: float, beta: float, backend: str
+) -> Tensor:
+    record = record_of(temperature, beta)
+    found: Tensor = dispatch.load(backend).divergence_gradient(record, x, y, kept, grads)
+    return found
+
+
+_divergences = define(
+    "divergences",
+    "(Tensor x, Tensor y, float temperature, float beta, str backend) -> (Tensor, Tensor)",
+    _run_divergences,
+    _fake_divergences,
+)
+_gradient = define(
+    "divergences_gradient",
+    "(Tensor x, Tensor y, Tensor kept, Tensor grads, float temperature, float beta, str backend)"
+    " -> Tensor",
+    _run_gradient,
+    lambda x, *rest: x.new_empty(x.shape),
+)
+
+
+class _DivergencesInGraph(GraphBackend):
+    def divergences(self, record: _Distillation, x: Tensor, y: Tensor) -> Any:
+        return _divergences(x, y, record.temperature, beta_of(record), self.name)
+
+    def divergence_gradient(
+        self, record: _Distillation, x: Tensor, y: Tensor, kept: Tensor, grads: Tensor
+    ) -> Any:
+        return _gradient(x, y, kept, grads, record.temperature, beta_of(record), self.name)
+
+
 class _Divergences(torch.autograd.Function):
     """Of rows, by a compiled backend."""
 
@@ -178,7 +235,9 @@ class _Divergences(torch.autograd.Function):
 
             return backward(_Divergences, ctx, *grad_outputs)
         x, y, kept = ctx.saved_tensors
-        if torch.is_grad_enabled() or is_foreign(grad_outputs):  # create_graph and the like
+        in_graph = isinstance(ctx.backend, GraphBackend)
+        foreign = not in_graph and is_foreign(grad_outputs)
+        if torch.is_grad_enabled() or foreign:  # create_graph and the like
             with torch.enable_grad():
                 again = x.view_as(x)
                 found = plain(ctx.record, again, y)
@@ -186,7 +245,7 @@ class _Divergences(torch.autograd.Function):
             grads = torch.autograd.grad(found, again, grad_outputs, create_graph=create)
             return None, None, *grads, None
         for t in (x, y):
-            if is_released(t):
+            if not in_graph and is_released(t):
                 raise released_error("a tensor that a divergence has been computed from", t)
         upstream = grad_outputs[0].contiguous()
         grad = ctx.backend.divergence_gradient(ctx.record, x, y, kept, upstream)
@@ -241,18 +300,38 @@ def distillation_loss(
     KL divergence of two :func:`torch.log_softmax`.
     """
     check(student_logits, teacher_logits, temperature, beta, reduction)
-    record = record_of(float(temperature), float(beta))
-    tensors = (student_logits, teacher_logits)
-    backend = backend_for("distillation_loss", tensors, lambda: _analyse(*tensors))
-    if backend is None:
-        values = plain(record, *tensors)
-    else:
-        x, y = map(as_rows, tensors)
-        found = _Divergences.apply(backend, record, x, y)  # type: ignore[no-untyped-call]
-        values = found.view(student_logits.shape[:-1])
+    by = _in_graph if is_dynamo_compiling() else _values
+    values: Tensor = by(student_logits, teacher_logits, float(temperature), float(beta))
     if reduction == "none":
         return values
     return values.mean() if reduction == "mean" else values.sum()
+
+
+def _values(student: Tensor, teacher: Tensor, temperature: float, beta: float) -> Tensor:
+    """Of each position."""
+    record, tensors = record_of(temperature, beta), (student, teacher)
+    backend = backend_for("distillation_loss", tensors, lambda: _analyse(*tensors))
+    return plain(record, *tensors) if backend is None else _by(backend, record, *tensors)
+
+
+def _by(backend: Any, record: _Distillation, student: Tensor, teacher: Tensor) -> Tensor:
+    found: Tensor = _Divergences.apply(backend, record, as_rows(student), as_rows(teacher))  # type: ignore[no-untyped-call]
+    return found.view(student.shape[:-1])
+
+
+def _traced(
+    backend: str, student: Tensor, teacher: Tensor, temperature: float, beta: float
+) -> Tensor:
+    record = record_of(temperature, beta)
+    if backend == "reference":
+        return plain(record, student, teacher)
+    return _by(_DivergencesInGraph(backend), record, student, teacher)
+
+
+_in_graph = define_composed(
+    "distillation_loss", "Tensor student, Tensor teacher, float temperature, float beta", "Tensor",
+    _values, lambda student, teacher, *options: _analyse(student, teacher), _traced,
+)  # fmt: skip
 
 
 def _decide(

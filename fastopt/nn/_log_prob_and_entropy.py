@@ -10,9 +10,10 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 
 from .. import dispatch
 from ..dispatch import Decision
-from ..front.analysis import Call, prepare
+from ..front.analysis import Call, expected_size, prepare
 from ..front.call import backend_for
 from ..front.circumstances import is_foreign
+from ..front.opaque import GraphBackend, define, define_composed
 from ..kernels.layout import as_rows, is_released, released_error
 from ..kernels.operation import Operation
 from ..kernels.reference import out_of_bounds
@@ -34,6 +35,7 @@ class RowOutcomes(Operation):
 
     operands = ("input", "target")
     crossover = 131_072
+    compiled_crossover = 4_194_304
 
 
 def plain(logits: Tensor, target: Tensor) -> LogProbAndEntropy:
@@ -88,6 +90,44 @@ def _analyse(function: str, tensors: tuple[Tensor | None, ...], numel: int) -> C
     return call._replace(request=call.request._replace(numel=numel))
 
 
+def _run_outcomes(x: Tensor, target: Tensor, backend: str) -> tuple[Tensor, ...]:
+    return tuple(dispatch.load(backend).outcomes(x, target))
+
+
+def _fake_outcomes(x: Tensor, target: Tensor, backend: str) -> tuple[Tensor, ...]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    numbers = [x.new_empty(x.shape[:1], dtype=wide) for _ in range(3)]
+    kept = x.new_empty((3, x.shape[0]), dtype=torch.float64 if backend == "numba" else wide)
+    return *numbers, torch.empty_like(target), kept
+
+
+def _run_gradient(x: Tensor, target: Tensor, kept: Tensor, grads: Tensor, backend: str) -> Tensor:
+    found: Tensor = dispatch.load(backend).gradient(x, target, kept, grads)
+    return found
+
+
+_outcomes = define(
+    "row_outcomes",
+    "(Tensor x, Tensor target, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_outcomes,
+    _fake_outcomes,
+)
+_gradient = define(
+    "row_outcomes_gradient",
+    "(Tensor x, Tensor target, Tensor kept, Tensor grads, str backend) -> Tensor",
+    _run_gradient,
+    lambda x, *rest: x.new_empty(x.shape),
+)
+
+
+class _OutcomesInGraph(GraphBackend):
+    def outcomes(self, x: Tensor, target: Tensor) -> Any:
+        return _outcomes(x, target, self.name)
+
+    def gradient(self, x: Tensor, target: Tensor, kept: Tensor, grads: Tensor) -> Any:
+        return _gradient(x, target, kept, grads, self.name)
+
+
 class _Outcomes(torch.autograd.Function):
     """Of rows, by a compiled backend."""
 
@@ -106,15 +146,16 @@ class _Outcomes(torch.autograd.Function):
 
             return backward(_Outcomes, ctx, *grad_outputs)
         x, target, kept = ctx.saved_tensors
-        grads = grad_outputs[:3]
-        if torch.is_grad_enabled() or is_foreign(grads):  # create_graph and the like
+        grads, in_graph = grad_outputs[:3], isinstance(ctx.backend, GraphBackend)
+        foreign = not in_graph and is_foreign(grads)
+        if torch.is_grad_enabled() or foreign:  # create_graph and the like
             with torch.enable_grad():
                 again = x.view_as(x)
                 found = plain(again, target)[:3]
             create = torch.is_grad_enabled()
             return None, *torch.autograd.grad(found, again, grads, create_graph=create), None
         for t in (x, target):
-            if is_released(t):
+            if not in_graph and is_released(t):
                 raise released_error("a tensor that outcomes have been computed from", t)
         return None, ctx.backend.gradient(x, target, kept, torch.stack(grads)), None
 
@@ -153,10 +194,16 @@ def log_prob_and_entropy(logits: Tensor, target: Tensor) -> LogProbAndEntropy:
     :class:`torch.distributions.Categorical`, whose entropy it is.
     """
     check(logits, target)
+    if is_dynamo_compiling():
+        return LogProbAndEntropy(*_in_graph(logits, target))
     backend = backend_of("log_prob_and_entropy", (logits, target), logits.numel())
     if backend is None:
         check_range(target, logits)
         return plain(logits, target)
+    return _by(backend, logits, target)
+
+
+def _by(backend: Any, logits: Tensor, target: Tensor) -> LogProbAndEntropy:
     rows, labels = as_rows(logits), target.reshape(-1).contiguous()
     found = _Outcomes.apply(backend, rows, labels)  # type: ignore[no-untyped-call]
     return LogProbAndEntropy(*[t.view(target.shape) for t in found])
@@ -164,8 +211,24 @@ def log_prob_and_entropy(logits: Tensor, target: Tensor) -> LogProbAndEntropy:
 
 def _decide(logits: Tensor, target: Tensor) -> Decision:
     check(logits, target)
-    call = _analyse("log_prob_and_entropy", (logits, target), logits.numel())
-    return dispatch.choose(call.request)
+    return dispatch.choose(_analyse_call(logits, target).request)
+
+
+def _analyse_call(logits: Tensor, target: Tensor) -> Call:
+    size = expected_size(logits.numel())
+    return _analyse("log_prob_and_entropy", (logits, target), size)
+
+
+def _traced(backend: str, logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    if backend == "reference":
+        return tuple(plain(logits, target))
+    return tuple(_by(_OutcomesInGraph(backend), logits, target))
+
+
+_in_graph = define_composed(
+    "log_prob_and_entropy", "Tensor logits, Tensor target", "(Tensor, Tensor, Tensor, Tensor)",
+    log_prob_and_entropy, _analyse_call, _traced,
+)  # fmt: skip
 
 
 log_prob_and_entropy.decide = _decide  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numba.core import types
 
-from ..distillation import Divergence, Divergences
+from ..distillation import KEPT, Divergence, Divergences
 from . import memory
 from .compiler import dtype_name, inlined, kernel, pointer, region, summing_kernel
 from .outcomes import GRAIN
@@ -26,10 +26,6 @@ from .tuples import added, zeros
 from .vector_math import cast, exp_below_one, log
 
 __all__ = ["divergence_gradient", "divergences"]
-
-# Numbers of a row that the backward pass wants: the largest logit and the sum of exponentials of
-# the student and of the teacher, and what `finish` gives beside the value.
-KEPT = 5
 
 
 @inlined

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
+from ..distillation import KEPT as _KEPT
 from ..distillation import Divergence, Divergences
 from .compiler import TYPES, as_number, compute_dtype, device_function, kernel, launch, number
 from .outcomes import span_of, tile_of
@@ -21,7 +22,7 @@ __all__ = ["divergence_gradient", "divergences"]
 
 # Numbers of a row that the backward pass wants: the largest logit over T and the sum of
 # exponentials of the student and of the teacher, and what `finish` gives beside the value.
-KEPT = tl.constexpr(5)
+KEPT = tl.constexpr(_KEPT)
 
 
 @device_function
