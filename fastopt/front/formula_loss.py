@@ -167,8 +167,10 @@ class FormulaLoss:
                 )
             return self._defined(args, kwargs)
         values = (*args, *kwargs.values())
-        key = key_of(kwargs, values)
-        route = self._routes.find(key)
+        route = self._routes.recognise(kwargs, values)
+        if route is None:
+            key = key_of(kwargs, values)
+            route = self._routes.find(key, kwargs, values)
         if route is None:
             if (tracer := tracer_of(*values)) is not None:
                 node: Tensor = tracer.create_proxy("call_function", self, args, kwargs)

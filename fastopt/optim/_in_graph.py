@@ -24,7 +24,6 @@ from torch import Tensor
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from .. import dispatch
-from ._kinds import option_names
 from ._plan import all_params
 from ._planned import PlannedStep
 from ._planner import Planner
@@ -132,7 +131,7 @@ def tensor_options(optimizer: PlannedStep) -> tuple[tuple[int, str, int], ...]:
     """Which options are tensors; see `Facts`."""
     found = []
     for k, group in enumerate(optimizer.param_groups):
-        for name in option_names(optimizer._twin):
+        for name in optimizer._defaults_of(optimizer._twin)[0]:
             value = group.get(name)
             if isinstance(value, Tensor):
                 found.append((k, name, -1))
