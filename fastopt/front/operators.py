@@ -39,6 +39,8 @@ Tensors = tuple[Tensor | None, ...]
 _LIBRARIES: dict[str, Any] = {}
 _SCHEMA = {bool: "bool", int: "int", float: "float", str: "str"}
 _EXACT = (torch.Tag.needs_exact_strides,)
+#: What an operator of a forward pass leaves to that of the backward pass.
+_LEFT = "gradients, or what the loop keeps"
 
 
 class Operators:
@@ -86,8 +88,9 @@ class Operators:
         arguments += [*([] if star else ["*"]), 'str? backend=None, str made_by=""']
         self._library.define(f"{name}({', '.join(arguments)}) -> Tensor")
         self._library.impl(name, self._composed, "CompositeImplicitAutograd")
-        known = f"{self._define_kernels()} {operation.compiled_crossover}"
-        # Torch keeps compiled graphs on disk. Those of another fastopt have another call in them.
+        known = f"{self._define_kernels()} {operation.compiled_crossover} {_LEFT}"
+        # Torch keeps compiled graphs on disk. Those of another fastopt have another call in them,
+        # which for one with other arguments, results or choices of these is told by a number.
         self.made_by = f"{__version__}-{zlib.crc32(known.encode()):08x}"
         self._operator = getattr(torch.ops.fastopt, name)
 
