@@ -2,69 +2,22 @@
 
     python bench/logits.py [--only TEXT] [--seconds SECONDS]
 
-For each row its ways take turns, call by call, in context: before each come a matrix product and
-a pass that empties the caches. A call is forward and backward. First each way's numbers are
-compared. The ratios are of medians, of fastopt's time and the other's; the peak is memory beyond
-inputs, the gradients included.
+How it measures: see ways.py.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as theirs
-from run import CPU, machine
-from timer import in_context, median, one_by_one
 from torch import Tensor
-from training import peak_memory
+from ways import FASTOPT, Row, Way, report
 
 import fastopt
 import fastopt.nn.functional as ours
 from fastopt.nn import _distillation_loss, _log_prob_and_entropy, _softmax_options
-
-FASTOPT = "fastopt"
-#: A loss of some tensors; of the first ones there is a gradient.
-Way = Callable[..., Tensor]
-
-
-class Row:
-    """A task, and the ways to do it, of which one is fastopt's."""
-
-    def __init__(self, name: str, tensors: tuple[Tensor, ...], ways: dict[str, Way]) -> None:
-        self.name = name
-        self.tensors = tuple(t.requires_grad_(t.is_floating_point()) for t in tensors)
-        self.ways = {way: self._call(function) for way, function in ways.items()}
-
-    def _call(self, function: Way) -> Callable[[], tuple[Tensor, ...]]:
-        wanted = [t for t in self.tensors if t.requires_grad]
-
-        def call() -> tuple[Tensor, ...]:
-            loss = function(*self.tensors)
-            return loss.detach(), *torch.autograd.grad(loss, wanted)
-
-        return call
-
-    def check(self) -> None:
-        """Raise where a way's numbers are not fastopt's, but for the last digits of the dtype."""
-        mine = self.ways[FASTOPT]()
-        for call in self.ways.values():
-            for m, t in zip(mine, call(), strict=True):
-                eps, size = torch.finfo(t.dtype).eps, t.abs().max().item()
-                torch.testing.assert_close(m, t, rtol=eps**0.5 / 4, atol=64 * eps * size)
-
-    def measure(self, seconds: float) -> str:
-        self.check()
-        times = one_by_one({way: in_context(call) for way, call in self.ways.items()}, seconds)
-        mine, lines = median(times[FASTOPT]), [self.name]
-        for way, call in self.ways.items():
-            took = median(times[way])
-            peak = peak_memory(CPU, call)
-            words = "?" if peak is None else f"{peak / 1e6:.0f}"
-            lines.append(f"  {way:40s} {took * 1e3:9.2f} ms {took / mine:7.2f} x {words:>6s} MB")
-        return "\n".join(lines)
 
 
 def linear(dtype: torch.dtype, ignored: float) -> Row:
@@ -160,19 +113,5 @@ def rows() -> Iterator[Callable[[], Row]]:
         yield lambda shape=shape: compiled(shape, torch.bfloat16)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="rows whose name holds this text")
-    parser.add_argument("--seconds", type=float, default=6.0, help="for each row")
-    arguments = parser.parse_args()
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
-    for make in rows():
-        torch.manual_seed(0)
-        row = make()
-        if arguments.only in row.name:
-            print(row.measure(arguments.seconds), flush=True)
-        torch.compiler.reset()
-
-
 if __name__ == "__main__":
-    main()
+    report(__doc__.splitlines()[0], rows())

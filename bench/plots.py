@@ -55,3 +55,20 @@ def _floor(results: list[dict[str, Any]], path: Path) -> None:
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def draw_ways(found: dict[str, dict[str, float]], path: Path) -> None:
+    """How many times as long as fastopt's the other ways of each row take."""
+    figure, axes = plt.subplots(figsize=(8, 0.6 * len(found) + 1), layout="constrained")
+    others = list(next(iter(found.values())))[1:]
+    height = 0.8 / len(others)
+    for k, way in enumerate(others):
+        places = [i - k * height for i in range(len(found))][::-1]
+        bars = axes.barh(places, [row[way] for row in found.values()], height, label=way)
+        axes.bar_label(bars, fmt="%.1f", padding=2)
+    axes.set_yticks([i - height / 2 for i in range(len(found))][::-1], list(found))
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_xlabel("fastopt is so many times as fast (forward and backward)")
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -488,7 +488,9 @@ BAD_RULES: list[tuple[Any, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("rule", "states", "words"), BAD_RULES, ids=str)
+@pytest.mark.parametrize(
+    ("rule", "states", "words"), BAD_RULES, ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_bad_rules(rule: Any, states: Any, words: str) -> None:
     with pytest.raises(FormulaError, match=words) as caught:
         fastopt.optimizer(states=states)(rule)

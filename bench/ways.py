@@ -1,0 +1,91 @@
+"""Ways to do the same, of which one is fastopt's: checked, then timed by turns, in context.
+
+Before each call come a matrix product and a pass that empties the caches. A call of a loss is
+forward and backward. First each way's numbers are compared. The ratios are of medians, of
+fastopt's time and the other's; the peak is memory beyond inputs, the gradients included.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+
+import torch
+from run import CPU, machine
+from timer import in_context, median, one_by_one
+from torch import Tensor
+from training import peak_memory
+
+FASTOPT = "fastopt"
+#: A loss of some tensors; of the first ones there is a gradient.
+Way = Callable[..., Tensor]
+
+
+class Row:
+    """A task, and the ways to do it, of which one is fastopt's.
+
+    Args:
+        name: of the task.
+        tensors: what a way is given.
+        ways: by their names.
+        constants: the places of tensors of floating point without a gradient.
+    """
+
+    def __init__(
+        self, name: str, tensors: tuple[Tensor, ...], ways: dict[str, Way],
+        constants: tuple[int, ...] = (),
+    ) -> None:  # fmt: skip
+        self.name = name
+        self.tensors = tuple(
+            t.requires_grad_(t.is_floating_point() and k not in constants)
+            for k, t in enumerate(tensors)
+        )
+        self.ways = {way: self._call(function) for way, function in ways.items()}
+
+    def _call(self, function: Way) -> Callable[[], tuple[Tensor, ...]]:
+        wanted = [t for t in self.tensors if t.requires_grad]
+
+        def call() -> tuple[Tensor, ...]:
+            loss = function(*self.tensors)
+            return loss.detach(), *torch.autograd.grad(loss, wanted)
+
+        return call
+
+    def check(self) -> None:
+        """Raise where a way's numbers are not fastopt's, but for the last digits of the dtype."""
+        mine = self.ways[FASTOPT]()
+        for call in self.ways.values():
+            for m, t in zip(mine, call(), strict=True):
+                eps, size = torch.finfo(t.dtype).eps, t.abs().max().item()
+                torch.testing.assert_close(m, t, rtol=eps**0.5 / 4, atol=64 * eps * size)
+
+    def measure(self, seconds: float) -> tuple[str, dict[str, float]]:
+        """Words, and how many times as long as fastopt's each way takes."""
+        self.check()
+        times = one_by_one({way: in_context(call) for way, call in self.ways.items()}, seconds)
+        medians = {way: median(taken) for way, taken in times.items()}
+        mine, lines = medians[FASTOPT], [self.name]
+        for way, call in self.ways.items():
+            took = medians[way]
+            peak = peak_memory(CPU, call)
+            words = "?" if peak is None else f"{peak / 1e6:.0f}"
+            lines.append(f"  {way:40s} {took * 1e3:9.2f} ms {took / mine:7.2f} x {words:>6s} MB")
+        return "\n".join(lines), {way: took / mine for way, took in medians.items()}
+
+
+def report(description: str, rows: Iterable[Callable[[], Row]]) -> dict[str, dict[str, float]]:
+    """A command: measure what it was asked for, and print it. Returns the ratios of each row."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--only", default="", help="rows whose name holds this text")
+    parser.add_argument("--seconds", type=float, default=6.0, help="for each row")
+    arguments = parser.parse_args()
+    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    found = {}
+    for make in rows:
+        torch.manual_seed(0)
+        row = make()
+        if arguments.only in row.name:
+            words, found[row.name] = row.measure(arguments.seconds)
+            print(words, flush=True)
+        torch.compiler.reset()
+    return found
