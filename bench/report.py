@@ -57,8 +57,10 @@ def _steps(results: list[Results]) -> list[str]:
         return []
     lines = [f"{_header('training step')} {'loss us':>20s} {'optimizer us':>20s}"]
     for r in results:
-        its, mine = r["parts"]["torch"], r["parts"]["fastopt"]
-        changes = [f"{its[part]:.0f} -> {mine[part]:.0f}" for part in ("loss", "optimizer")]
+        changes = ["", ""]
+        if r["parts"]:
+            its, mine = r["parts"]["torch"], r["parts"]["fastopt"]
+            changes = [f"{its[part]:.0f} -> {mine[part]:.0f}" for part in ("loss", "optimizer")]
         lines.append(f"{_times(r)} {changes[0]:>20s} {changes[1]:>20s}")
     return lines
 

@@ -63,6 +63,7 @@ class Step:
         optimizer: the class's name.
         options: of the optimizer.
         same: limit for the distance between weights.
+        compiled: whether model and loss are one function of torch.compile.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Step:
     optimizer: str
     options: dict[str, Any] = field(default_factory=dict)
     same: float = SAME_WEIGHTS
+    compiled: bool = False
 
 
 class Training:
@@ -79,13 +81,18 @@ class Training:
     def __init__(self, case: Step, library: ModuleType, **how: Any) -> None:
         torch.manual_seed(0)
         self.model, self._input, self._target = case.make()
-        self._loss = case.loss(library.nn)
+        loss = case.loss(library.nn)
+
+        def forward(input: Tensor, target: Tensor) -> Tensor:
+            return loss(self.model(input), target)
+
+        self._forward = torch.compile(forward) if case.compiled else forward
         make = getattr(library.optim, case.optimizer)
         self._optimizer = make(self.model.parameters(), **case.options, **how)
 
     def step(self) -> Tensor:
         self._optimizer.zero_grad()
-        loss = self._loss(self.model(self._input), self._target)
+        loss = self._forward(self._input, self._target)
         loss.backward()
         self._optimizer.step()
         return loss
@@ -211,6 +218,9 @@ STEPS = [
     Step("step CIFAR-10 CNN SGD", images, classes, "SGD", {**_MOMENTUM, "weight_decay": 5e-4}),
     Step("step MLP 784-512-512-10 SGD", digits, classes, "SGD", {"lr": 1e-3}),
     Step("step language model AdamW", language_model, classes, *_ADAMW, _TRANSFORMER),
+    Step(
+        "step language model AdamW, compiled", language_model, classes, *_ADAMW, _TRANSFORMER, True
+    ),
     Step("step causal LM, logits shifted AdamW", prompted, shifted_logits, *_ADAMW, _TRANSFORMER),
     Step("step causal LM, labels shifted AdamW", prompted, shifted_labels, *_ADAMW, _TRANSFORMER),
 ]
@@ -241,14 +251,16 @@ def measure(case: Step, seconds: Seconds) -> dict[str, Any]:
     medians = {name: median(t) for name, t in times.items()}
     mine = medians[FASTOPT]
     turns = min(max(3, int(seconds / 10 / mine)), 100)
-    laps = [{n: trainings[n].parts() for n in (TORCH, FASTOPT)} for _ in range(turns)]
+    # Hooks would change what is compiled.
+    parted = () if case.compiled else (TORCH, FASTOPT)
+    laps = [{n: trainings[n].parts() for n in parted} for _ in range(turns)]
     return {
         "case": case.name,
         "microseconds": {name: value * 1e6 for name, value in medians.items()},
         "spread": {name: spread(t) for name, t in times.items()},
         "parts": {
             name: {part: median([lap[name][part] for lap in laps]) * 1e6 for part in laps[0][name]}
-            for name in laps[0]
+            for name in parted
         },
         "vs_torch": medians[TORCH] / mine,
         "vs_best_torch": min(v for name, v in medians.items() if name != FASTOPT) / mine,
