@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import rules
 import torch
-from cases import BACKEND, DEVICE
+from cases import BACKEND, DEVICE, INTERPRETED
 from children import run_code
 from race import give_grads, layout, parameters, replica
 from rules import Adam, Lion, Loop, Mixed, SignSGD, Sophia
@@ -346,6 +346,41 @@ def test_numpy_numbers_round_nothing() -> None:
     assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("rule", [Lion, Adam])
+@pytest.mark.parametrize(("dtype", "options"), [
+    (torch.float32, {"state_dtype": torch.bfloat16}),
+    (torch.bfloat16, {"state_dtype": torch.bfloat16, "rounding": "stochastic", "seed": 3}),
+    (torch.bfloat16, {"rounding": "kahan"}),
+])  # fmt: skip
+def test_fewer_bytes(rule: Any, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Stored alike by all backends, and as by fastopt's optimizer of the same rule."""
+    twin = getattr(fastopt.optim, rule.__name__)
+    found = []
+    for kind, backend in ((rule, BACKEND), (rule, "reference"), (twin, BACKEND)):
+        p = Parameter(torch.linspace(-1, 1, 999).to(dtype))
+        optimizer = kind([p], lr=2**-7, **options)
+        torch.manual_seed(0)
+        with fastopt.use_backend(backend):
+            for _ in range(4):
+                p.grad = torch.randn(999).to(dtype)
+                optimizer.step()
+        found.append({"param": p.detach(), **optimizer.state[p]})
+    mine, plain, its = found
+    wide = {name for name, t in mine.items() if t.dtype == torch.float32}
+    assert wide == {*(["param"] if dtype == torch.float32 else []), *({"step"} & mine.keys())}
+    for other in (plain, its):
+        assert mine.keys() == other.keys()
+        for name, t in mine.items():
+            assert other[name].dtype == t.dtype
+            torch.testing.assert_close(t, other[name], rtol=2**-6, atol=2**-7)
+            # The interpreter rounds bfloat16 as no device does. A parameter's random bits are
+            # those behind the states', of which torch's Adam may have three.
+            if other is plain and not INTERPRETED or other is its and rule is Lion:
+                # The last digit of a float32 may be another one, and so a number that is rounded.
+                different = (t != other[name]).double().mean().item()
+                assert different < (0.5 if t.dtype == torch.float32 else 0.05), name
+
+
 # -- the class ----------------------------------------------------------------------------
 
 
@@ -355,7 +390,9 @@ def test_the_class() -> None:
     assert "SignSGD" in (SignSGD.__doc__ or "")
     assert str(inspect.signature(SignSGD)) == (
         "(params, *, lr=0.01, momentum=0.9, nesterov=False, maximize=False, "
-        "differentiable=False, fused=None, max_grad_norm: float | None = None)"
+        "differentiable=False, fused=None, max_grad_norm: float | None = None, "
+        "state_dtype: torch.dtype | None = None, rounding: str | None = None, "
+        "seed: int | None = None)"
     )
     optimizer = SignSGD([Parameter(torch.ones(3))], nesterov=True)
     assert "nesterov: True" in repr(optimizer)

@@ -173,7 +173,7 @@ class _Planned(PlannedStep):
     _beginnings: ClassVar[Mapping[str, float]]
 
     def _begin(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
-        number = self._beginnings[name]
+        number = self._beginnings.get(name, 0.0)  # a compensation is none of the rule's
         return torch.full_like(param, number, memory_format=torch.preserve_format)
 
 
@@ -196,7 +196,8 @@ def optimizer(
     The class that it becomes is a :class:`torch.optim.Optimizer`. Its constructor takes
     parameters, or groups of them, and by keyword the rule's options, and ``maximize``,
     ``differentiable``, ``fused`` (leave a GradScaler's scale and verdict to the step) and
-    ``max_grad_norm``, as :class:`fastopt.optim.Lion` does. States have the parameter's shape,
+    ``max_grad_norm``, ``state_dtype``, ``rounding`` and ``seed``, as :class:`fastopt.optim.Lion`
+    does. States have the parameter's shape,
     dtype and layout. Parameters may be float64, float32, bfloat16 or float16.
 
     Args:
