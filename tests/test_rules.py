@@ -375,7 +375,7 @@ def test_fewer_bytes(rule: Any, dtype: torch.dtype, options: dict[str, Any]) -> 
             torch.testing.assert_close(t, other[name], rtol=2**-6, atol=2**-7)
             # The interpreter rounds bfloat16 as no device does. A parameter's random bits are
             # those behind the states', of which torch's Adam may have three.
-            if other is plain and not INTERPRETED or other is its and rule is Lion:
+            if (other is plain and not INTERPRETED) or (other is its and rule is Lion):
                 # The last digit of a float32 may be another one, and so a number that is rounded.
                 different = (t != other[name]).double().mean().item()
                 assert different < (0.5 if t.dtype == torch.float32 else 0.05), name
