@@ -242,6 +242,46 @@ def test_half_precision_is_rounded_once() -> None:
     assert different < 0.01
 
 
+@fastopt.loss(constant=("target",))
+def to_a_power(input, target, *, gamma=2.0, other=1.5):  # type: ignore[no-untyped-def]
+    return (input + target) ** gamma * input**other
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0, 3.0, 4.0, 2.5, -1.0, 5.0])
+@pytest.mark.parametrize("backend", [BACKEND, "reference"])
+def test_powers_by_options(backend: str, gamma: float) -> None:
+    """A small whole number is compiled in, and means what any other does."""
+    x, y = torch.rand(2, 301).add(0.1).unbind()
+    wide = x.double().requires_grad_()
+    right = ((wide + y.double()) ** gamma * wide**1.5).mean()
+    right.backward()
+    x.requires_grad_()
+    with fastopt.use_backend(backend):
+        loss = to_a_power(x, y, gamma=gamma)
+        loss.backward()
+    torch.testing.assert_close(loss.double(), right, rtol=1e-6, atol=0)
+    assert wide.grad is not None
+    torch.testing.assert_close(x.grad, wide.grad.float(), rtol=1e-5, atol=1e-7)
+
+
+def test_given_derivatives_of_powers() -> None:
+    """They are taken where an option is compiled in, too."""
+
+    @fastopt.loss
+    def power(x, *, gamma=2.0):  # type: ignore[no-untyped-def]
+        return x**gamma
+
+    @power.gradient
+    def _(x, *, gamma=2.0):  # type: ignore[no-untyped-def]
+        return 10.0 * x**gamma
+
+    for gamma in (3.0, 2.5):
+        x = torch.tensor([2.0, 3.0], requires_grad=True)
+        with fastopt.use_backend(BACKEND):
+            power(x, gamma=gamma, reduction="sum").backward()
+        torch.testing.assert_close(x.grad, 10 * x.detach() ** gamma)
+
+
 # Dynamo makes an instance of torch.autograd.Function by itself.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_graphs() -> None:

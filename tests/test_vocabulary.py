@@ -115,6 +115,24 @@ def test_name(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, right, rtol=tolerance, atol=tiny, equal_nan=True)
 
 
+@pytest.mark.skipif(INTERPRETED or DEVICE != "cpu", reason="on GPUs it may be off by a digit")
+def test_powers_of_float32() -> None:
+    """Rounded once, and of special numbers as C has it, signs of zeros and infinities too."""
+    special = [0.0, 0.5, 1.0, 2.0, 2.5, 3.0, 1e-45, 1e-30, 3e38, 16_777_217.0, math.inf, math.nan]
+    special += [-number for number in special]
+    pairs = torch.tensor(list(itertools.product(special, special)))
+    usual = torch.stack([10 * torch.rand(100_000), 20 * torch.randn(100_000)], 1)
+    input, target = torch.cat((pairs, usual)).unbind(1)
+    given = input.contiguous(), target.contiguous()
+    options = Options(Word(which=list(ORACLES).index("power")), "none", torch.float32)
+    found = dispatch.load("numba").forward(options, given, (False, False))[0]
+    base = torch.where(input.isnan(), 1.0, input).double()  # as the formula has it
+    right = (base ** target.double()).float()
+    torch.testing.assert_close(found, right, rtol=0, atol=0, equal_nan=True)
+    known = ~right.isnan()
+    assert torch.equal(found.signbit()[known], right.signbit()[known])
+
+
 @pytest.mark.skipif(INTERPRETED or DEVICE != "cpu", reason="about loops on the CPU")
 def test_vectors_as_wide_as_the_cpu_has() -> None:
     numba = pytest.importorskip("numba")

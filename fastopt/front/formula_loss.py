@@ -16,7 +16,13 @@ from ..dispatch import Decision
 from .analysis import Call, analyse, result_dtype
 from .call import LossModule, tracer_of
 from .circumstances import autocasts, is_foreign, is_traced
-from .formula_record import Meaning, definition, record_of_formula, warn_of_poles
+from .formula_record import (
+    FormulaRecord,
+    Meaning,
+    definition,
+    record_of_formula,
+    warn_of_poles,
+)
 from .route import RouteCache, key_of
 from .written import Written, read
 
@@ -25,6 +31,8 @@ __all__ = ["FormulaLoss", "FormulaModule", "loss"]
 _REDUCTIONS = ("none", "mean", "sum")
 #: Triton unpacks no tuple of any length.
 _MOST_FLAGS = 3
+#: Powers by an option that is one of these numbers are products, in code of their own.
+_PRODUCTS = (0.0, 1.0, 2.0, 3.0, 4.0)
 insisted, is_compiling = dispatch.insisted, torch.compiler.is_compiling
 
 
@@ -109,9 +117,18 @@ class FormulaLoss:
     def _settle(self, stacklevel: int) -> None:
         """Make the record anew, and forget what was known of calls."""
         self._record = record_of_formula(self._meaning)
-        self._record.twin = _twin_of(self._record, self.__name__)
+        self._of_powers: dict[tuple[tuple[str, float], ...], type[FormulaRecord]] = {}
         self._routes = RouteCache()
         warn_of_poles(self._meaning, self._record(), stacklevel)
+
+    def _record_for(self, options: dict[str, float | bool]) -> type[FormulaRecord]:
+        """The record of a call with these options."""
+        known = tuple((n, options[n]) for n in self._meaning.exponents if options[n] in _PRODUCTS)
+        if not known or is_compiling():  # a graph has its options as numbers anyway
+            return self._record
+        if known not in self._of_powers:
+            self._of_powers[known] = record_of_formula(self._meaning.of(dict(known)))
+        return self._of_powers[known]
 
     @property
     def source(self) -> str:
@@ -204,10 +221,10 @@ class FormulaLoss:
 
     def _analysed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         tensors, options, reduction = self._bound(args, kwargs)
-        fields = self._record.fields
-        named = {**tensors, **{fields[n]: v for n, v in options.items()}, "reduction": reduction}
+        kind = self._record_for(options)
+        values = {kind.fields[name]: value for name, value in options.items()}
         with torch._C.DisableTorchFunction():
-            call = analyse(self._record, self.__name__, named)
+            call = analyse(kind, self.__name__, {**tensors, **values, "reduction": reduction})
         assert call is not None, "the arguments have been checked"
         if is_traced():
             words = "torch.compile, where what torch has not is torch's operations"
@@ -218,7 +235,7 @@ class FormulaLoss:
     def _defined(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The loss in torch's operations."""
         named, options, reduction = self._bound(args, kwargs)
-        kind = self._record
+        kind = self._record_for(options)
         record = kind(**{kind.fields[name]: value for name, value in options.items()})
         tensors = [named[name] for name in kind.operands]
         dtype = result_dtype(tensors)
@@ -323,17 +340,6 @@ class FormulaModule(LossModule, torch.nn.Module):
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         return self._function(*args, **kwargs, **self._options())
-
-
-def _twin_of(kind: Any, name: str) -> Callable[..., Tensor]:
-    """The loss in torch's operations, to be called as torch's functions are."""
-
-    def twin(*, reduction: str, **given: Any) -> Tensor:
-        tensors = [given.pop(name) for name in kind.operands]
-        return definition(kind(**given), tensors, reduction, result_dtype(tensors))
-
-    twin.__name__ = name
-    return twin
 
 
 def _check_names(written: Written, constant: Sequence[str]) -> None:

@@ -7,9 +7,9 @@ import itertools
 import linecache
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FunctionType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import formula
 from ..kernels.elementwise import compute_dtype
 from ..kernels.operation import Elementwise
+from .analysis import result_dtype
 from .circumstances import autocasts
 from .crossover import usual_crossover
 from .derivative import derivatives
@@ -50,13 +51,18 @@ class Meaning:
     Args:
         written: the formula.
         constant: the names of the tensors without a derivative.
+        numbers: options that are known to be these numbers.
     """
 
-    def __init__(self, written: Written, constant: Sequence[str]) -> None:
-        self.written, self.graph = written, Graph()
+    def __init__(
+        self, written: Written, constant: Sequence[str], numbers: Mapping[str, float] | None = None
+    ) -> None:
+        self.written, self.graph, self.numbers = written, Graph(), numbers or {}
+        self._constant, self._by = constant, cast("Written | None", None)
         self.followed = tuple(name for name in written.tensors if name not in constant)
         self.operands = (*self.followed, *constant)
-        (self.value,), self.named = self.graph.read(written)
+        (self.value,), self.named = self.graph.read(written, self.numbers)
+        self.exponents = self.graph.exponents()
         used = self.graph.reached_from([self.value])
         if not used.intersection(map(self.graph.tensor, self.followed)):
             words = f"has no derivative: it uses none of {', '.join(self.followed)}"
@@ -65,8 +71,16 @@ class Meaning:
 
     def differentiate_by(self, written: Written) -> None:
         """Take a user's derivatives instead of those that are derived."""
-        self.slopes, named = self.graph.read(written)
+        self.slopes, named = self.graph.read(written, self.numbers)
         self.named = named | self.named
+        self._by = written
+
+    def of(self, numbers: Mapping[str, float]) -> Meaning:
+        """The same where some options are these numbers."""
+        meaning = Meaning(self.written, self._constant, numbers)
+        if self._by is not None:
+            meaning.differentiate_by(self._by)
+        return meaning
 
 
 def record_of_formula(meaning: Meaning) -> type[FormulaRecord]:
@@ -81,7 +95,8 @@ def record_of_formula(meaning: Meaning) -> type[FormulaRecord]:
         )
     }
     kinds = {n: "bool" if type(v) is bool else "float" for n, v in written.options.items()}
-    made: Any = type(name_for(written.function), (FormulaRecord,), {
+    words = [f"{name}_{number:g}" for name, number in meaning.numbers.items()]
+    made: Any = type("_".join([name_for(written.function), *words]), (FormulaRecord,), {
         "__doc__": f"The options of {written.function.__qualname__}.",
         "__annotations__": {fields[name]: kind for name, kind in kinds.items()},
         **{fields[name]: default if kinds[name] == "bool" else float(default)
@@ -95,8 +110,20 @@ def record_of_formula(meaning: Meaning) -> type[FormulaRecord]:
         "crossover": usual_crossover(""),  # of several operations of torch's
     })  # fmt: skip
     made.required = made.operands
+    made.twin = _twin_of(made, written.function.__name__)
     register(made)
     return made  # type: ignore[no-any-return]
+
+
+def _twin_of(kind: Any, name: str) -> Callable[..., Tensor]:
+    """The loss in torch's operations, to be called as torch's functions are."""
+
+    def twin(*, reduction: str, **given: Any) -> Tensor:
+        tensors = [given.pop(name) for name in kind.operands]
+        return definition(kind(**given), tensors, reduction, result_dtype(tensors))
+
+    twin.__name__ = name
+    return twin
 
 
 def _fields_of(written: Written) -> dict[str, str]:

@@ -128,6 +128,12 @@ class Graph:
             return self._add("sqrt" if exponent > 0 else "rsqrt", a)
         return self._add("power", a, b)
 
+    def exponents(self) -> tuple[str, ...]:
+        """The options to whose power something is raised."""
+        powers = [arguments for name, arguments in self.operations if name == "power"]
+        found = [self.operations[exponent] for _, exponent in powers]
+        return tuple(dict.fromkeys(given[0] for name, given in found if name == "option"))
+
     def multiplied_out(self, nodes: Sequence[int]) -> dict[int, int]:
         """What to compute in place of some operations and their arguments: products for powers.
 
@@ -173,10 +179,16 @@ class Graph:
 
     # -- from a user's function ----------------------------------------------------------------
 
-    def read(self, written: Written) -> tuple[list[int], dict[int, str]]:
-        """What a function returns, and the names that it gives to operations."""
+    def read(
+        self, written: Written, numbers: Mapping[str, float]
+    ) -> tuple[list[int], dict[int, str]]:
+        """What a function returns, and the names that it gives to operations.
+
+        numbers: of options that are known.
+        """
         known = {name: self.tensor(name) for name in written.tensors}
         known |= {name: self.option(name) for name in (*written.options, *written.given)}
+        known |= {name: self.number(number) for name, number in numbers.items()}
         named: dict[int, str] = {}
         for assignment in written.assignments:
             node = self._expression(assignment.value, known)

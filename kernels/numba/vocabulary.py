@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import error_function, vector_math
+from . import error_function, powers, vector_math
 from .compiler import inlined
 from .vector_math import cast
 
@@ -57,7 +57,7 @@ def rounded(x: Any, like: Any) -> Any:
 
 @inlined
 def power(a: Any, b: Any) -> Any:
-    return a**b
+    return powers.power(a, b)
 
 
 @inlined
