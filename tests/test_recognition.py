@@ -110,9 +110,9 @@ def test_surroundings() -> None:
 
 @pytest.fixture
 def cache(no_crossovers: None) -> route.RouteCache:
-    """Of mse_loss, which has been called with these sizes twice."""
+    """Of mse_loss, which has been called with these sizes often enough."""
     caches = [c for c in route.RouteCache._all if not c._known]
-    for _ in range(2):
+    for _ in range(1 + route.RouteCache.OFTEN):
         functional.mse_loss(leaf(3, 4), torch.zeros(3, 4), reduction="sum")
     (found,) = (c for c in caches if c._known)
     return found
@@ -148,7 +148,7 @@ def test_around_a_recognised_call(cache: route.RouteCache) -> None:
 
 def test_autocast_is_not_recognised_outside(no_crossovers: None) -> None:
     x, y = torch.randn(2, 3, 4, dtype=torch.bfloat16).unbind()
-    for _ in range(3):
+    for _ in range(2 * route.RouteCache.OFTEN):
         with torch.autocast("cpu"):
             assert functional.mse_loss(x, y).dtype == torch.float32
     assert functional.mse_loss(x, y).dtype == torch.bfloat16

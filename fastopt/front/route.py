@@ -63,11 +63,13 @@ class RouteCache:
     """What has been settled about the calls of one function, by all that the outcome depends on."""
 
     LIMIT = 1024
+    #: So many calls of a kind are worth that what recognises them is compiled.
+    OFTEN = 32
     _all: ClassVar[weakref.WeakSet[RouteCache]] = weakref.WeakSet()
 
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], Route] = {}
-        #: Of keys whose calls compiled code can tell from others.
+        #: By key: what recognises such calls, or how many there have been so far.
         self._recognitions: dict[tuple[Any, ...], Any] = {}
         #: The last call's recognition, how many arguments it had by name, on which backend was
         #: insisted, and its route.
@@ -103,10 +105,12 @@ class RouteCache:
         """The route of a call whose `key_of` that is."""
         if key is None or (route := self._known.get(key)) is None:
             return None
-        known = hasattr(route.backend, "recognises") and route.backend.recognises()
-        if known and not autocast_somewhere():
-            recognition = self._recognitions.get(key)
-            if recognition is None:
+        if hasattr(route.backend, "recognises") and not autocast_somewhere():
+            recognition = self._recognitions.get(key, 0)
+            if type(recognition) is int:
+                self._recognitions[key] = recognition + 1
+                if recognition + 1 < self.OFTEN or not route.backend.recognises():
+                    return route
                 recognition = route.backend.Recognition((*values, *names))
                 self._recognitions[key] = recognition
             self._last = recognition, len(names), insisted(), route

@@ -32,7 +32,7 @@ from .tensors import (
     torch_functions,
 )
 
-__all__ = ["Items", "Words", "available", "facts_of", "increment_versions"]
+__all__ = ["Items", "Words", "available", "increment_versions"]
 
 #: How many tensors before their turn what is known of them is fetched.
 AHEAD = 8
@@ -208,7 +208,7 @@ def _compiled() -> _Compiled:
     return _Compiled()
 
 
-def facts_of(tensors: Sequence[Tensor], flags: int) -> np.ndarray:
+def _record(tensors: Sequence[Tensor], flags: int) -> np.ndarray:
     """What is to know of tensors."""
     asked = torch_functions()
     words = np.empty(sum(WORDS + 2 * t.dim() for t in tensors), np.int64)
@@ -232,13 +232,13 @@ class Words:
         """Arguments as those of fastopt.optim._proof.Proof, its lines, spans and their number."""
         asked = torch_functions()
         known, expected = (
-            facts_of(written, INFERENCE + NEGATED),
-            facts_of([g for g, _ in grads], NEGATED),
+            _record(written, INFERENCE + NEGATED),
+            _record([g for g, _ in grads], NEGATED),
         )
         place = 0
         for tensor, dtype in grads:
             if dtype is not None:  # none is there: one like its parameter, of this dtype
-                like = facts_of([torch.empty(0, dtype=dtype, device=tensor.device)], NEGATED)
+                like = _record([torch.empty(0, dtype=dtype, device=tensor.device)], NEGATED)
                 expected[place], expected[place + 2] = like[0], like[2]
             place += WORDS + 2 * tensor.dim()
         noted = np.zeros(NOTED * (len(written) + len(grads)), np.int64)
@@ -339,7 +339,7 @@ def _samples() -> list[Tensor]:
 
 
 def _are_right(samples: list[Tensor]) -> bool:
-    all_words = facts_of(samples, INFERENCE + NEGATED)
+    all_words = _record(samples, INFERENCE + NEGATED)
     words = iter(all_words.tolist())
     for t in samples:
         kind, layout, _, device, index, dim, flags = itertools.islice(words, WORDS)

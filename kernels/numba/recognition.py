@@ -11,18 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba.core import types
+from numba.core import config, types
 from torch import Tensor
 
 from .compiler import kernel, locked_entry, pointer, specialise
 from .pointer import at, load
-from .proof import available as tensors_can_be_asked
-from .proof import facts_of
 from .tensors import (
     LAYERS,
     MODES,
     NEGATED,
     REQUIRES_GRAD,
+    WORDS,
     address_of,
     answer_of,
     ask_whether,
@@ -47,10 +46,11 @@ def nothing_around(states: Any) -> bool:
 
 @locked_entry
 def same_call(
-    things: int, items_at: int, count: int, objects: Any, needs: Any, itemsizes: Any, words: Any,
-    scratch: Any, scratch_at: int, functions: Any, states: Any, type_at: int, tensor_at: int,
+    things: int, recording: bool, items_at: int, count: int, objects: Any, needs: Any,
+    itemsizes: Any, words: Any, scratch: Any, scratch_at: int, functions: Any, states: Any,
+    type_at: int, tensor_at: int,
 ) -> bool:  # fmt: skip
-    """What `Recognition.fits` answers.
+    """What `Recognition.fits` answers; when recording, what is to know of tensors is written down.
 
     Args:
         things: the address of a tuple of `count` objects, which are in it from items_at on.
@@ -60,7 +60,7 @@ def same_call(
         words: what is known of the tensors.
         functions, states: addresses of the functions that are asked.
     """
-    if not nothing_around(states):
+    if not recording and not nothing_around(states):
         return False
     place = 0
     for i in range(count):
@@ -70,8 +70,9 @@ def same_call(
                 return False
             continue
         same = same_tensor(
-            thing, words, place, NEGATED, scratch, scratch_at, functions, type_at, tensor_at, False
-        )
+            thing, words, place, NEGATED, scratch, scratch_at, functions, type_at, tensor_at,
+            recording,
+        )  # fmt: skip
         if not same:
             return False
         follows = ask_whether(load(states, REQUIRES_GRAD), load(at(words, thing + tensor_at), 0))
@@ -87,8 +88,8 @@ def same_call(
 def _compiled() -> Any:
     index, number = pointer("int64", 0), types.intp
     return specialise(
-        same_call, number, number, number, index, index, index, index, index, number, index, index,
-        number, number,
+        same_call, number, types.boolean, number, number, index, index, index, index, index,
+        number, index, index, number, number,
     )  # fmt: skip
 
 
@@ -113,7 +114,7 @@ class Recognition:
         needs = [tensor and t.requires_grad for t, tensor in zip(things, is_tensor, strict=True)]
         sizes = [t.itemsize if tensor else 0 for t, tensor in zip(things, is_tensor, strict=True)]
         arrays = [np.array(column, np.int64) for column in (objects, needs, sizes)]
-        arrays.append(facts_of(tensors, NEGATED))
+        arrays.append(np.empty(sum(WORDS + 2 * t.dim() for t in tensors), np.int64))
         self._kept = [t for t, tensor in zip(things, is_tensor, strict=True) if not tensor], arrays
         self._count = len(things)
         self._arguments = (
@@ -122,25 +123,36 @@ class Recognition:
             asked.states.ctypes.data, asked.type_at, asked.tensor_at,
         )  # fmt: skip
         self._ask = _compiled()
+        if not self._ask(id(things), True, *self._arguments):
+            raise RuntimeError("torch did not say what these tensors are")
 
     def fits(self, things: tuple[Any, ...]) -> bool:
         """Whether a call with these is the same, its tensors' elements and addresses aside."""
-        same: bool = len(things) == self._count and self._ask(id(things), *self._arguments)
+        same: bool = len(things) == self._count and self._ask(id(things), False, *self._arguments)
         return same
 
 
 @functools.cache
 def available() -> bool:
     """Whether torch has here what is needed, and its answers are right."""
-    return tensors_can_be_asked() and _is_right()
+    if config.DISABLE_JIT:
+        return False
+    try:
+        torch_functions()
+    except (OSError, KeyError, AttributeError, LookupError):
+        return False
+    return _is_right()
 
 
 def _is_right() -> bool:
-    one, other = torch.empty(3, device="cpu"), torch.empty(3, device="cpu")
+    one, other = torch.empty(3, 4, device="cpu"), torch.empty(3, 4, device="cpu")
     known = Recognition((one, "a"))
-    found = [known.fits((other, "a")), known.fits((other[:2], "a")), known.fits((other, "b"))]
-    other.requires_grad_()
-    found.append(known.fits((other, "a")))
+    others = (
+        other[:2], other.view(12), other.t().contiguous().t(), other.double(), other.to("meta"),
+        torch._neg_view(other), torch.nn.Parameter(other), other.clone().requires_grad_(),
+    )  # fmt: skip
+    found = [known.fits((one.clone(), "a")), known.fits((one, "b"))]
+    found += [known.fits((t, "a")) for t in others]
     with torch.overrides.BaseTorchFunctionMode():
         found.append(known.fits((one, "a")))
     with torch.utils._python_dispatch.TorchDispatchMode():  # type: ignore[no-untyped-call]
@@ -152,4 +164,5 @@ def _is_right() -> bool:
         return x
 
     torch.func.vmap(ask)(torch.empty(2, device="cpu"))
-    return [*found, *inside, known.fits((one, "a"))] == [True, *[False] * 6, True]
+    wrong = [*found[1:], *inside]
+    return found[0] and known.fits((one, "a")) and not any(wrong)
