@@ -56,8 +56,8 @@ def check(subject: Any, /, *samples: Any, **options: Any) -> CheckReport:
     A loss on the derivatives that it has, numerically in float64; and on each backend that is
     there, in values and gradients: numbers of all dtypes, sizes that fill no vectors, strides,
     broadcasting and nothing at all, and what is hard: infinities, NaN, 0, subnormal and largest
-    numbers. Where
-    torch's autograd gives NaN for a side of `where` that isn't chosen, any number is right.
+    numbers. Where torch's autograd gives NaN for a side of `where` that isn't chosen, any number is
+    right.
 
     An optimizer on the parameters and the states after each of some steps, on each backend that is
     there: of usual gradients, in all dtypes and in sizes that fill no vectors, and of hard ones.

@@ -14,7 +14,7 @@ from .dispatch import BACKENDS, use_backend
 from .errors import BackendUnavailable
 from .front.formula_loss import FormulaLoss
 
-__all__ = ["check_loss"]
+__all__ = ["check_loss", "place_of"]
 
 Found = tuple[str, str, float, float, str]
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -31,7 +31,7 @@ def check_loss(
     draw = _drawing(loss, samples, options)
     yield _derivatives(loss, draw, options)
     for backend in BACKENDS:
-        place = _place(backend)
+        place = place_of(backend)
         try:
             with use_backend(backend):
                 loss(*draw(3, torch.float32, place), **options)
@@ -43,7 +43,8 @@ def check_loss(
         yield _hard(loss, backend, place, options)
 
 
-def _place(backend: str) -> torch.device:
+def place_of(backend: str) -> torch.device:
+    """Where a backend's tensors are."""
     if backend == "triton":
         for kind in ("cuda", "xpu"):
             module: Any = getattr(torch, kind, None)

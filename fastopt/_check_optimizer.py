@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ._check_loss import place_of
 from .dispatch import BACKENDS, use_backend
 from .errors import BackendUnavailable
 from .optim._rule import Rule
@@ -36,7 +37,7 @@ def check_optimizer(kind: type[Rule], options: dict[str, Any]) -> Iterator[Found
         options: of its constructor.
     """
     for backend in BACKENDS:
-        place = _place(backend)
+        place = place_of(backend)
         try:
             _step(kind, options, backend, [{"param": torch.ones(3, device=place)}],
                   [torch.ones(3, device=place)], 0)  # fmt: skip
@@ -45,16 +46,6 @@ def check_optimizer(kind: type[Rule], options: dict[str, Any]) -> Iterator[Found
         for dtype in _DTYPES:
             yield _usual(kind, options, backend, place, dtype)
         yield _hard(kind, options, backend, place)
-
-
-def _place(backend: str) -> torch.device:
-    """Where a backend's tensors are."""
-    if backend == "triton":
-        for kind in ("cuda", "xpu"):
-            module: Any = getattr(torch, kind, None)
-            if module is not None and module.is_available():
-                return torch.device(kind)
-    return torch.device("cpu")
 
 
 def _step(
