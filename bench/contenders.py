@@ -181,6 +181,8 @@ def check(row: Row, contender: Contender, expected: list[torch.Tensor]) -> None:
     for mine, its in zip(contender.results(), expected, strict=True):
         digits = torch.finfo(mine.dtype)
         limit = max(8 * digits.eps, 1e-7)
+        if row.operation == "Muon":  # of whose products in bfloat16 a CPU rounds many otherwise
+            limit = 1e-5
         scale = float(its.abs().max()) if its.numel() else 0.0
         smallest = 2 * digits.smallest_normal * digits.eps
         torch.testing.assert_close(
