@@ -59,7 +59,11 @@ def quick_test(operation: type[Operation]) -> tuple[Callable[[Tensor], bool], in
     longest = max((classes for classes, count in rows if count < least), default=0)
 
     def test(input: Tensor) -> bool:
-        shape = input.shape  # of (batch, classes, length) the classes may be side by side
+        shape = input.shape
+        if rows and len(shape) == 2:
+            row = shape[1] if input.stride(1) == 1 else 0
+            return input.numel() < crossover(operation, input.itemsize, row)
+        # Of (batch, classes, length) the classes may be side by side.
         return (input.numel() < least and shape[-1] > longest) and (
             len(shape) < 3 or shape[1] > longest or (input.stride(1) != 1 and shape[1] > 1)
         )
