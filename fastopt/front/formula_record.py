@@ -9,7 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FunctionType
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -58,7 +58,8 @@ class Meaning:
         self, written: Written, constant: Sequence[str], numbers: Mapping[str, float] | None = None
     ) -> None:
         self.written, self.graph, self.numbers = written, Graph(), numbers or {}
-        self._constant, self._by = constant, cast("Written | None", None)
+        self._constant = constant
+        self._by: Written | None = None
         self.followed = tuple(name for name in written.tensors if name not in constant)
         self.operands = (*self.followed, *constant)
         (self.value,), self.named = self.graph.read(written, self.numbers)

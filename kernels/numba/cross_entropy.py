@@ -29,6 +29,7 @@ from ..operation import Options
 from ..reference import out_of_bounds
 from . import memory
 from .compiler import dtype_name, optional_pointer, pointer, specialise
+from .pointer import LINE
 from .softmax import EACH, GIVEN, KEPT, NOTHING, SCRATCH, SUM, check_targets
 from .softmax_long import SEGMENT
 from .softmax_rows import BLOCK
@@ -197,7 +198,7 @@ def run(
     bad, held = memory.scratch(plan.bytes)
     scratch = [None if k is None else bad + k for k in plan.offsets]
     # The positions' losses, before they are narrowed or added up; and what nobody wants.
-    addresses[5], addresses[9] = addresses[5] or bad + plan.losses, addresses[9] or bad + 8
+    addresses[5], addresses[9] = addresses[5] or bad + LINE, addresses[9] or bad + 8
     tops, totals = [t.data_ptr() for t in kept if t is not None] or (0, 0)
     numbers: tuple[float, ...] = (call.hard, scale, 0.0)
     if plan.loop is softmax_tiles:

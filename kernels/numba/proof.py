@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba.core import config, types
+from numba.core import types
 from torch import Tensor
 
 from ..tables import BYTES, CELL, DIFFERENT, EMPTY, ITEMSIZE, KNOWN, MOVED, OTHERS, OWNER, SAME
@@ -21,6 +21,7 @@ from .tensors import (
     NEGATED,
     WORDS,
     address_of,
+    are_there,
     bump_versions,
     fetch_lines,
     fetch_storage,
@@ -316,13 +317,7 @@ def increment_versions(tensors: list[Tensor]) -> bool:
 @functools.cache
 def available() -> bool:
     """Whether torch has here what is needed, and its answers are right."""
-    if config.DISABLE_JIT:
-        return False
-    try:
-        torch_functions()
-    except (OSError, KeyError, AttributeError, LookupError):
-        return False
-    return _are_right(_samples()) and _finds_addresses(_samples(), _samples())
+    return are_there() and _are_right(_samples()) and _finds_addresses(_samples(), _samples())
 
 
 def _samples() -> list[Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba.core import config, types
+from numba.core import types
 from torch import Tensor
 
 from .compiler import kernel, locked_entry, pointer, specialise
@@ -24,6 +24,7 @@ from .tensors import (
     WORDS,
     address_of,
     answer_of,
+    are_there,
     ask_whether,
     length,
     same_tensor,
@@ -135,13 +136,7 @@ class Recognition:
 @functools.cache
 def available() -> bool:
     """Whether torch has here what is needed, and its answers are right."""
-    if config.DISABLE_JIT:
-        return False
-    try:
-        torch_functions()
-    except (OSError, KeyError, AttributeError, LookupError):
-        return False
-    return _is_right()
+    return are_there() and _is_right()
 
 
 def _is_right() -> bool:

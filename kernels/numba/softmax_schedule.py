@@ -43,8 +43,8 @@ class Schedule(NamedTuple):
         loop: the one that serves them.
         launch: its form.
         parts: on how many threads.
-        bytes: of scratch memory, which begins with whether a class index was bad.
-        losses: where in it the positions' losses are, unless they are wanted as they are.
+        bytes: of scratch memory, which begins with whether a class index was bad; from LINE on it
+            has the positions' losses, unless they are wanted as they are.
         offsets: where its other parts are, in the order of the loop's arguments; None for none.
         sizes: the loop's last arguments.
     """
@@ -53,7 +53,6 @@ class Schedule(NamedTuple):
     launch: Launcher
     parts: int
     bytes: int
-    losses: int
     offsets: tuple[int | None, ...]
     sizes: tuple[int, ...]
 
@@ -99,9 +98,7 @@ def schedule(
         end = exps if in_place else exps + copies * row * size
         offsets = (shifts, None if in_place else exps, *range(start, shifts, 8 * line))
         strides = (x.outer_stride, x.inner_stride, t.outer_stride, t.inner_stride)
-        return Schedule(
-            loop, launch, parts, end, LINE, offsets, (x.classes, x.inner, rows, *strides)
-        )
+        return Schedule(loop, launch, parts, end, offsets, (x.classes, x.inner, rows, *strides))
     width, pitch = _tile(x, size)
     line, g = parts * pitch, dense_axis(x)
     numbers = start + line * 6 * 8  # those of eight bytes come first, for their alignment
@@ -116,7 +113,7 @@ def schedule(
         x.classes, x.inner, rows, x.outer_stride, x.inner_stride, x.class_stride, g.outer_stride,
         g.inner_stride, g.class_stride, width, pitch,
     )  # fmt: skip
-    return Schedule(loop, launch, parts, end, LINE, offsets, sizes)
+    return Schedule(loop, launch, parts, end, offsets, sizes)
 
 
 def _loop_for(x: ClassAxis, soft: bool, dtype: torch.dtype | None) -> Any:

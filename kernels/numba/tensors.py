@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba.core import types
+from numba.core import config, types
 from numba.extending import intrinsic
 
 from ..tables import EMPTY
@@ -339,3 +339,14 @@ def _tuple_items_offset() -> int:
 @functools.cache
 def torch_functions() -> Torch:
     return Torch()
+
+
+def are_there() -> bool:
+    """Whether torch has these functions, and Python's objects are as compiled code needs them."""
+    if config.DISABLE_JIT:
+        return False
+    try:
+        torch_functions()
+    except (OSError, KeyError, AttributeError, LookupError):
+        return False
+    return True
