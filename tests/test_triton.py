@@ -74,16 +74,15 @@ def test_captured_steps_have_tables_of_their_own(
     optimizer = getattr(fastopt.optim, name)(mine, lr=0.1, fused=True)
     twin = getattr(torch.optim, name)(torchs, lr=0.1)
 
+    alive = []  # all gradients, or later ones might lie where those of an earlier step did
+
     def step(lr: float) -> None:
-        old = [
-            p.grad for p in mine
-        ]  # kept until the end of the step, so the new ones lie elsewhere
         set_grads(mine, torchs)
+        alive.extend(p.grad for p in mine)
         for each in (optimizer, twin):
             each.param_groups[0]["lr"] = lr
             each.step()
         assert_same(mine, torchs)
-        del old
 
     step(0.1)
     before = uploads(optimizer)
