@@ -76,6 +76,14 @@ class Loops(NamedTuple):
         result = self.of(options).backward(options, tensors, grads, kept, grad_output, needs)
         return result
 
+    def bind(self, options: Options, tensors: Tensors, needs: tuple[bool, ...]) -> Any:
+        """`forward` for calls of tensors of these sizes, strides and dtypes, if a loop has that.
+
+        It is a function of tensors and of the grad_output that is expected.
+        """
+        loop: Any = self.of(options)
+        return loop.bind(options, tensors, needs) if hasattr(loop, "bind") else None
+
     def early(self, options: Options, tensors: Tensors) -> bool:
         """Whether `forward` leaves gradients, by a loop to which none of its own is known."""
         loop, input = self.of(options), tensors[0]

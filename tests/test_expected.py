@@ -38,7 +38,7 @@ class Counts:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.forward = self.backward = 0
         backend: Any = fastopt.dispatch.load("numba")
-        forward, backward = backend.forward, backend.backward
+        forward, backward, bind = backend.forward, backend.backward, backend.bind
 
         def counted_forward(*arguments: Any) -> Any:
             result = forward(*arguments)
@@ -49,8 +49,22 @@ class Counts:
             self.backward += 1
             return backward(*arguments)
 
+        def counted_bind(*arguments: Any) -> Any:
+            bound = bind(*arguments)
+            if bound is not None:
+                compute = bound._forward
+
+                def counted(*arguments: Any) -> Any:
+                    result = compute(*arguments)
+                    self.forward += result is not None
+                    return result
+
+                bound._forward = counted
+            return bound
+
         monkeypatch.setattr(backend, "forward", counted_forward)
         monkeypatch.setattr(backend, "backward", counted_backward)
+        monkeypatch.setattr(backend, "bind", counted_bind)
 
     def take(self) -> tuple[int, int]:
         found = self.forward, self.backward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -104,7 +105,8 @@ def test_surroundings() -> None:
     torch.func.vmap(asked)(torch.randn(2, 2))
     torch.func.grad(lambda t: asked(t).sum())(x)
     torch.func.functionalize(asked)(x)
-    assert found == [False] * 5
+    torch.jit.trace(asked, x, check_trace=False)
+    assert found == [False] * 6
     assert known.fits((x,))
 
 
@@ -152,3 +154,17 @@ def test_autocast_is_not_recognised_outside(no_crossovers: None) -> None:
         with torch.autocast("cpu"):
             assert functional.mse_loss(x, y).dtype == torch.float32
     assert functional.mse_loss(x, y).dtype == torch.bfloat16
+
+
+def test_a_list_that_others_refer_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many refer to it may be the number by which its items are found."""
+    from fastopt.kernels.numba import tensors
+
+    expected = tensors.torch_functions().items_at
+    for held in range(4):
+        find: Any = tensors._offset
+        for _ in range(held):
+            find = partial(find)  # each of them holds its arguments
+        with monkeypatch.context() as patch:
+            patch.setattr(tensors, "_offset", find)
+            assert tensors._items_offset() == expected

@@ -69,18 +69,14 @@ def evaluate(
     """The loss by a compiled backend. followed: whether any of the tensors requires a gradient."""
     if followed and is_grad_enabled():
         # Hooks on saved tensors are there to save memory, and gradients would pass them by.
-        number = None if _saved_tensors_are_hooked() else expected.number_for(options, tensors)
-        if number != 1:
+        hooked = _top_hooks(True) is not None
+        if hooked or expected.number != 1:
+            number = None if hooked else expected.number_for(options, tensors)
             options = options._replace(grad_output=number)
         result: Tensor = _apply(backend, options, expected, *tensors)
         return result
     loss: Tensor = backend.forward(options, tensors, (False,) * len(tensors))[0]
     return loss
-
-
-def _saved_tensors_are_hooked() -> bool:
-    """Whether what a function saves here is packed by hooks, as under activation checkpointing."""
-    return _top_hooks(True) is not None
 
 
 def _probe_hooks(_: bool) -> object:
@@ -98,6 +94,8 @@ def _probe_hooks(_: bool) -> object:
 
 _autograd: Any = torch._C._autograd
 is_grad_enabled = torch.is_grad_enabled
+#: Whether what a function saves is packed by hooks, as under activation checkpointing: then not
+#: None.
 _top_hooks = getattr(_autograd, "_top_saved_tensors_default_hooks", _probe_hooks)
 
 

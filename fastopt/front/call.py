@@ -96,17 +96,16 @@ def loss(
         def function(*args: P.args, **kwargs: P.kwargs) -> Tensor:
             if is_compiled():
                 return operators.call(args, kwargs)
-            if tracing_state() is not None:
-                return torchs(*args, **kwargs)  # one node of the trace
-            # `choose` would say the same, but asking takes a few microseconds of a small call's 15.
-            first: Any = args[0] if args else None
-            plain = type(first) is Tensor and first.is_cpu and insisted() is None
-            if plain and first.numel() < surely:
-                return fallback(*args, **kwargs)
             values = (*args, *kwargs.values())
-            route = cache.recognise(kwargs, values)
+            route = cache.recognise(kwargs, values) if cache.last else None
             if route is None:
-                if plain and is_small(first):
+                if tracing_state() is not None:
+                    return torchs(*args, **kwargs)  # one node of the trace
+                # `choose` would say the same, but asking takes a few microseconds of a small
+                # call's 15.
+                first: Any = args[0] if args else None
+                plain = type(first) is Tensor and first.is_cpu and insisted() is None
+                if plain and (first.numel() < surely or is_small(first)):
                     return fallback(*args, **kwargs)
                 key = key_of(kwargs, values)
                 route = cache.find(key, kwargs, values)
@@ -154,7 +153,7 @@ def loss(
     return decorate
 
 
-_routes = RouteCache()
+_routes = RouteCache(binds=False)
 
 
 def backend_for(

@@ -15,7 +15,7 @@ from .. import dispatch
 from ..kernels.layout import is_released
 from ..kernels.operation import Options
 from .analysis import Call, Evaluation
-from .autograd import Expected
+from .autograd import Expected, evaluate
 from .circumstances import PLAIN, ambience_of, autocasts
 
 __all__ = ["Route", "RouteCache", "key_of"]
@@ -30,7 +30,7 @@ class Route(NamedTuple):
     """A call's analysis, for all calls of the same metadata.
 
     Attributes:
-        backend: the one to serve it, None for the reference.
+        backend: the one to serve it, bound to such calls if it can be; None for the reference.
         options: the call without its tensors.
         places: where the arguments have each operand; None for one not given.
         expected: of their backward passes.
@@ -60,20 +60,25 @@ class Route(NamedTuple):
 
 
 class RouteCache:
-    """What has been settled about the calls of one function, by all that the outcome depends on."""
+    """What has been settled about the calls of one function, by all that the outcome depends on.
+
+    Args:
+        binds: whether backends are asked for nothing but losses.
+    """
 
     LIMIT = 1024
     #: So many calls of a kind are worth that what recognises them is compiled.
     OFTEN = 32
     _all: ClassVar[weakref.WeakSet[RouteCache]] = weakref.WeakSet()
 
-    def __init__(self) -> None:
+    def __init__(self, binds: bool = True) -> None:
+        self._binds = binds
         self._known: dict[tuple[Any, ...], Route] = {}
         #: By key: what recognises such calls, or how many there have been so far.
         self._recognitions: dict[tuple[Any, ...], Any] = {}
         #: The last call's recognition, how many arguments it had by name, on which backend was
         #: insisted, and its route.
-        self._last: tuple[Any, int, str | None, Route] | None = None
+        self.last: tuple[Any, int, str | None, Route] | None = None
         self._expected: dict[tuple[Any, ...], Expected] = {}
         self._all.add(self)
 
@@ -84,7 +89,7 @@ class RouteCache:
         for cache in cls._all:
             cache._known.clear()
             cache._recognitions.clear()
-            cache._last = None
+            cache.last = None
             cache._expected.clear()
 
     def recognise(self, names: Any, values: tuple[Any, ...]) -> Route | None:
@@ -92,7 +97,7 @@ class RouteCache:
 
         Of the questions behind a key, compiled code asks all that are about tensors.
         """
-        last = self._last
+        last = self.last
         if last is None or autocast_somewhere() or forward_ad._current_level >= 0:
             return None
         recognition, count, backend, route = last
@@ -113,7 +118,7 @@ class RouteCache:
                     return route
                 recognition = route.backend.Recognition((*values, *names))
                 self._recognitions[key] = recognition
-            self._last = recognition, len(names), insisted(), route
+            self.last = recognition, len(names), insisted(), route
         return route
 
     def settle(
@@ -130,7 +135,11 @@ class RouteCache:
         name = dispatch.choose(call.request).backend
         backend = None if name == "reference" else dispatch.load(name)
         expected = Expected() if backend is None else self._expect(name, call)
-        followed = any(t is not None and t.requires_grad for t in call.tensors)
+        needs = tuple([t is not None and t.requires_grad for t in call.tensors])
+        followed = any(needs)
+        if self._binds and key is not None and followed and call.evaluate is evaluate:
+            bind = getattr(backend, "bind", None)
+            backend = (bind and bind(call.options, call.tensors, needs)) or backend
         route = Route(
             backend, call.options, places, expected, call.warning, followed, call.evaluate
         )

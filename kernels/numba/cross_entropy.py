@@ -28,12 +28,13 @@ from ..layout import ClassAxis, class_axis, classes_last, view_along
 from ..operation import Options
 from ..reference import out_of_bounds
 from . import memory
+from .bound import Forward
 from .compiler import dtype_name, optional_pointer, pointer, specialise
 from .pointer import LINE
 from .softmax import EACH, GIVEN, KEPT, NOTHING, SCRATCH, SUM, check_targets
 from .softmax_long import SEGMENT
 from .softmax_rows import BLOCK
-from .softmax_schedule import schedule, threads_for
+from .softmax_schedule import Schedule, schedule, threads_for
 from .softmax_tiles import softmax_tiles
 
 
@@ -195,26 +196,51 @@ def run(
         call.axis, target_axis, grad is call.input, call.softcap is not None,
         call.z_loss is not None, exact, threads_for(call.axis), *dtypes,
     )  # fmt: skip
+    tops, totals = [t.data_ptr() for t in kept if t is not None] or (0, 0)
+    mass = 0.0
+    if plan.loop is softmax_tiles and call.smooth is not None:
+        mass = float(call.smooth.sum(dtype=torch.float64))
+    good = _launch(
+        plan, addresses, divisor, (call.hard, mass, scale), (call.softcap, call.z_loss),
+        (statistics, wanted, step), call.ignore_index, tops, totals,
+    )  # fmt: skip
+    if not good:
+        raise _out_of_bounds(call)
+
+
+def _launch(
+    plan: Schedule, addresses: list[int | None], divisor: float, numbers: tuple[float, ...],
+    extras: tuple[float | None, ...], wanted: tuple[int, ...], ignore_index: int, tops: int = 0,
+    totals: int = 0,
+) -> bool:  # fmt: skip
+    """Whether all class indices were in range.
+
+    Args:
+        addresses: of all tensors, in the order of `run`.
+        numbers: the hard coefficient, the mass of the smooth ones (tiles alone ask for it), the
+            scale.
+        extras: softcap and z_loss.
+        wanted: what of statistics, what of the losses, and whether there is an upstream.
+        tops, totals: where the rows' statistics are kept.
+    """
     bad, held = memory.scratch(plan.bytes)
     scratch = [None if k is None else bad + k for k in plan.offsets]
     # The positions' losses, before they are narrowed or added up; and what nobody wants.
     addresses[5], addresses[9] = addresses[5] or bad + LINE, addresses[9] or bad + 8
-    tops, totals = [t.data_ptr() for t in kept if t is not None] or (0, 0)
-    numbers: tuple[float, ...] = (call.hard, scale, 0.0)
+    hard, mass, scale = numbers
     if plan.loop is softmax_tiles:
         del addresses[7], addresses[2]
         scratch.append(tops)
-        mass = 0.0 if call.smooth is None else float(call.smooth.sum(dtype=torch.float64))
-        numbers = (call.hard, mass, scale, 0.0)
-    elif kept:
-        scratch[0] = tops
-    good = plan.launch(
-        plan.parts, *addresses, bad, divisor, *scratch, totals, *numbers, call.softcap,
-        call.z_loss, statistics, wanted, step, call.ignore_index, *plan.sizes,
+        numbers = (hard, mass, scale, 0.0)
+    else:
+        scratch[0] = tops or scratch[0]
+        numbers = (hard, scale, 0.0)
+    good: bool = plan.launch(
+        plan.parts, *addresses, bad, divisor, *scratch, totals, *numbers, *extras, *wanted,
+        ignore_index, *plan.sizes,
     )  # fmt: skip
     del held
-    if not good:
-        raise _out_of_bounds(call)
+    return good
 
 
 def _out_of_bounds(call: _Call) -> IndexError:
@@ -242,7 +268,7 @@ def forward(
         losses = memory.empty(tuple(shape), options.dtype)
         run(call, losses, None, None, None, 1.0, None, statistics, kept)
         return losses, None, kept
-    loss = torch.empty((), dtype=options.dtype, device="cpu")
+    loss = memory.empty_number(options.dtype)
     if expected is None or not any(needs):
         run(call, None, None, None, loss, 0.0, None, statistics, kept)
         return loss, None, kept
@@ -251,6 +277,62 @@ def forward(
     ]
     run(call, None, grad, None, loss, expected * inverse(call.denominator), t_grad)
     return loss, (*grads, None), ()
+
+
+def bind(
+    options: Options, tensors: tuple[torch.Tensor | None, ...], needs: tuple[bool, ...]
+) -> Forward | None:
+    """`forward` for calls like this one, if all that differs between them are addresses."""
+    input, target, weight = tensors
+    assert input is not None
+    assert target is not None
+    record: Any = options.record
+    if (
+        options.reduction == "none"
+        or record.label_smoothing
+        or target.is_floating_point()
+        or not all(t is None or t.is_contiguous() for t in (target, weight))
+        or not input.numel()
+        or needs != (True, False, False)
+    ):
+        return None
+    axis, mean, team = _axis(input), options.reduction == "mean", torch.get_num_threads()
+    extras, ignore_index = (record.softcap, record.z_loss or None), record.ignore_index
+    weighted, dtype = None if weight is None else weight.dtype, options.dtype
+    check, classes, rows = _target_check(target.dtype, weighted), axis.classes, target.numel()
+    plan = schedule(
+        axis, None, False, extras[0] is not None, extras[1] is not None, False, threads_for(axis),
+        input.dtype, target.dtype, None, weighted, None, None, input.dtype, None, dtype, dtype,
+    )  # fmt: skip
+    simple, wanted = input.is_contiguous() and not memory.is_pooled(input), (SCRATCH, SUM, False)
+
+    def forward(
+        tensors: tuple[torch.Tensor | None, ...], expected: float
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...], tuple[()]] | None:
+        if torch.get_num_threads() != team:
+            return None
+        input, target, weight = tensors
+        assert input is not None
+        assert target is not None
+        labels, weights = target.data_ptr(), None if weight is None else weight.data_ptr()
+        in_range, used = check(labels, weights, ignore_index, classes, rows)
+        if not in_range:
+            raise out_of_bounds(target, classes, ignore_index)
+        loss = memory.empty_number(dtype)
+        grad = torch.empty_like(input) if simple else _empty_gradient(input, axis)
+        divisor = used if mean else 1.0
+        good = _launch(
+            plan,
+            [input.data_ptr(), labels, None, weights, None, None, grad.data_ptr(), None,
+             _AT[dtype], loss.data_ptr()],
+            divisor or math.nan, (1.0, 0.0, expected * inverse(divisor)), extras, wanted,
+            ignore_index,
+        )  # fmt: skip
+        if not good:  # another thread has changed them since
+            raise out_of_bounds(target, classes, ignore_index)
+        return loss, (grad, None, None), ()
+
+    return forward
 
 
 def backward(

@@ -25,6 +25,7 @@ from ..elementwise import (
 )
 from ..operation import Elementwise, Options
 from . import memory
+from .bound import Forward
 from .compiler import summing_loop
 from .forms import Loop, address_in, dtypes_of, opened, sums_up
 from .pointers import load_each_or_one, moved, store_each, store_products
@@ -177,7 +178,7 @@ def forward(
         _run(options, operands, place, 1.0, 1.0, values=values)
         return values, None, ()
     divisor = _divisor(options, tensors, place)
-    loss = torch.empty((), dtype=options.dtype, device="cpu")
+    loss = memory.empty_number(options.dtype)
     expected = options.grad_output
     if expected is None or not any(needs):
         _run(options, operands, place, divisor, 0.0, loss=loss)
@@ -185,6 +186,53 @@ def forward(
     grads = empty_grads(options.record, operands, needs, place, memory.empty)
     _run(options, operands, place, divisor, expected / divisor, grads, loss=loss)
     return loss, to_operands(grads, tensors), ()
+
+
+def bind(options: Options, tensors: Any, needs: tuple[bool, ...]) -> Forward | None:
+    """`forward` for calls like this one, if all that differs between them are addresses."""
+    record: Any = options.record
+    operands, place = walk(numbers_of(tensors))
+    given = [k for k, t in enumerate(tensors) if t is not None]
+    followed = [k for k in given if needs[k]]
+    divisor = divisor_of(options, tensors, place)
+    if (
+        options.reduction == "none"
+        or divisor is None
+        or not place.places
+        or any(k >= record.slopes or tensors[k].shape != place.shape for k in followed)
+        or any(operands[k] is not tensors[k] or not tensors[k].is_contiguous() for k in given)
+    ):
+        return None
+    dtypes = dtypes_of(tensors)
+    wanted = tuple([d if k in followed else None for k, d in enumerate(dtypes[: record.slopes])])
+    schedule = _schedule(record, place, dtypes, wanted, None, None, options.dtype)
+    numbers, last = schedule.numbers, (schedule.steps, place.places, place.second, place.inner)
+    loop, size, shares = schedule.loop, schedule.bytes, (schedule.chunks, schedule.group)
+    factor, dtype, team = record.factor, options.dtype, torch.get_num_threads()
+    parts = parts_for(place.places, GRAIN)
+    large = [memory.is_pooled(tensors[k]) for k in followed]
+
+    def forward(tensors: Any, expected: float) -> tuple[torch.Tensor, Tensors, tuple[()]] | None:
+        if torch.get_num_threads() != team:
+            return None
+        loss = memory.empty_number(dtype)
+        grads: list[Any] = [None] * len(tensors)
+        words = [numbers, *[tensors[k].data_ptr() for k in given]]
+        for k, pooled in zip(followed, large, strict=True):
+            like = tensors[k]
+            grads[k] = grad = (
+                memory.empty(like.shape, like.dtype) if pooled else torch.empty_like(like)
+            )
+            words.append(grad.data_ptr())
+        sums, held = memory.scratch(size)
+        loop(
+            parts, [*words, *last], expected / divisor * factor, sums, loss.data_ptr(), divisor,
+            *shares,
+        )  # fmt: skip
+        del held
+        return loss, tuple(grads), ()
+
+    return forward
 
 
 def backward(

@@ -75,7 +75,7 @@ def forward(
     if options.reduction == "none":
         losses = memory.empty(positions(input), options.dtype)
     else:
-        loss = torch.empty((), dtype=options.dtype, device="cpu")
+        loss = memory.empty_number(options.dtype)
     chunks = -(-rows // CHUNK)
     scratch = torch.empty(3 * chunks + 2, dtype=torch.float64, device="cpu")
     start = scratch.data_ptr()

@@ -74,6 +74,18 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return loan
 
 
+#: By dtype a number to make another one like, which takes half the time of making it anew.
+_numbers: dict[torch.dtype, torch.Tensor] = {}
+
+
+def empty_number(dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised CPU tensor without dimensions."""
+    like = _numbers.get(dtype)
+    if like is None:
+        like = _numbers[dtype] = torch.empty((), dtype=dtype, device="cpu")
+    return torch.empty_like(like)
+
+
 class _Scratch(threading.local):
     memory: torch.Tensor | None = None
     address = 0

@@ -21,6 +21,7 @@ from .tensors import (
     MODES,
     NEGATED,
     REQUIRES_GRAD,
+    TRACE,
     WORDS,
     address_of,
     answer_of,
@@ -36,12 +37,13 @@ __all__ = ["Recognition"]
 
 @kernel
 def nothing_around(states: Any) -> bool:
-    """Whether no mode and no transform of torch wants to see what is called."""
+    """Whether no mode, no transform and no trace of torch wants to see what is called."""
     for k in range(MODES):
         if answer_of(load(states, k)) != 0:
             return False
     layers = at(states, answer_of(load(states, LAYERS)))  # their vector: its begin, its end
-    nothing: bool = load(layers, 0) == load(layers, 1)
+    trace = at(states, answer_of(load(states, TRACE)))  # a pointer to one, or to nothing
+    nothing: bool = load(layers, 0) == load(layers, 1) and load(trace, 0) == 0
     return nothing
 
 

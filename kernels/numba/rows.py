@@ -175,7 +175,7 @@ def forward(
         _run(options, tensors, rows, 1.0, 1.0, values=values)
         return values, None, ()
     divisor, expected = divisor_of(options, rows), options.grad_output
-    loss = torch.empty((), dtype=options.dtype, device="cpu")
+    loss = memory.empty_number(options.dtype)
     if expected is None or not any(needs):
         _run(options, tensors, rows, divisor, 0.0, loss=loss)
         return loss, None, ()

@@ -42,10 +42,11 @@ _STATES = (
     "_ZN3c104impl20TorchDispatchModeTLS9stack_lenEv",
     "_ZN2at4impl22PythonTorchFunctionTLS9stack_lenEv",
     "_ZN2at9functorch20getDynamicLayerStackEv",
+    "_ZN5torch3jit6tracer15getTracingStateEv",
     "_ZNK3c1010TensorImpl13requires_gradEv",
 )
 # Places in a table of those; before, how many say by a number how many modes there are.
-MODES, LAYERS, REQUIRES_GRAD = 2, 2, 3
+MODES, LAYERS, TRACE, REQUIRES_GRAD = 2, 2, 3, 4
 # Places in a table of these functions.
 FACTS = len(_FACTS)
 DIM, SIZES, STRIDES, DATA_PTR, OFFSET, IS_NEG, IS_INFERENCE = range(FACTS - 1, FACTS + 6)
@@ -291,9 +292,9 @@ def _word(address: int) -> int:
     return ctypes.c_int64.from_address(address).value
 
 
-def _offset(thing: object, value: int) -> int:
-    """Where in an object that number is."""
-    for offset in range(0, type(thing).__basicsize__ + type(thing).__itemsize__, 8):
+def _offset(thing: object, value: int, begin: int = 0) -> int:
+    """Where in an object that number is, from `begin` on."""
+    for offset in range(begin, type(thing).__basicsize__ + type(thing).__itemsize__, 8):
         if _word(id(thing) + offset) == value:
             return offset
     raise LookupError(f"no {value:#x} in a {type(thing).__name__}")
@@ -320,7 +321,9 @@ def _autograd_offset() -> int:
 def _items_offset() -> int:
     """Where in a list the address of its items is: behind the number of them."""
     things: list[object] = [object(), object(), object()]
-    offset = _offset(things, len(things)) + 8
+    # behind the type: before, how many refer to the list may be the same number
+    behind = _offset(things, id(list)) + 8
+    offset = _offset(things, len(things), behind) + 8
     items = _word(id(things) + offset)
     if [_word(items + 8 * k) for k in range(3)] != list(map(id, things)):
         raise LookupError("no array of its items in a list")
