@@ -89,6 +89,7 @@ def test_other_arguments() -> None:
         assert not known.fits(things)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_surroundings() -> None:
     x = torch.randn(3)
     known = recognition((x,))
