@@ -16,7 +16,7 @@ import fastopt
 from fastopt.front.call import RECORDS
 from fastopt.front.route import RouteCache
 from fastopt.front.samples import usual
-from fastopt.kernels.operation import Elementwise
+from fastopt.kernels.operation import Elementwise, Rowwise
 from fastopt.nn import functional as ours
 
 if INTERPRETED or DEVICE != "cpu":
@@ -102,22 +102,25 @@ def test_same_bits(
     )
 
 
-@pytest.mark.parametrize("name", [n for n, r in RECORDS.items() if issubclass(r, Elementwise)])
-def test_every_elementwise_loss(
-    name: str, served: list[bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    "name", [n for n, r in RECORDS.items() if issubclass(r, Elementwise | Rowwise)]
+)
+def test_every_loss(name: str, served: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     operation: Any = RECORDS[name]
-    (given,) = usual(operation, 70_001, torch.float32)
-    followed = set(operation.followed)
-    arguments = [t.detach().requires_grad_(n in followed) for n, t in given.items()]
+    for given in usual(operation, 70_016, torch.float32):
+        served.clear()
+        followed = set(operation.followed)
+        arguments = [t.detach().requires_grad_(n in followed) for n, t in given.items()]
 
-    def call(*values: Tensor) -> Tensor:
-        loss: Tensor = getattr(ours, name)(**dict(zip(given, values, strict=True)))
-        return loss
+        def call(*values: Tensor, given: Any = given) -> Tensor:
+            loss: Tensor = getattr(ours, name)(**dict(zip(given, values, strict=True)))
+            return loss
 
-    call(*arguments).backward()
-    assert served == [True]
-    assert_same_bits(call, arguments, monkeypatch)
+        with monkeypatch.context() as patch:
+            call(*arguments).backward()
+            assert served == [True]
+            assert_same_bits(call, arguments, patch)
+        RouteCache.forget()
 
 
 SERVED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -185,6 +188,17 @@ def test_wrong_labels_later() -> None:
     t[20] = 70
     with pytest.raises(IndexError, match="Target 70 is out of bounds"):
         ours.cross_entropy(x, t)
+    assert x.grad is None
+
+
+def test_a_wrong_row_label_later() -> None:
+    x, t = torch.randn(33, 70, requires_grad=True), torch.randint(70, (33,))
+    for _ in range(3):
+        ours.multi_margin_loss(x, t).backward()
+    x.grad = None
+    t[20] = -1
+    with pytest.raises(RuntimeError, match="target out of range"):
+        ours.multi_margin_loss(x, t)
     assert x.grad is None
 
 

@@ -25,7 +25,7 @@ from ..elementwise import (
 )
 from ..operation import Elementwise, Options
 from . import memory
-from .bound import Forward
+from .bound import Forward, bind_loop
 from .compiler import summing_loop
 from .forms import Loop, address_in, dtypes_of, opened, sums_up
 from .pointers import load_each_or_one, moved, store_each, store_products
@@ -206,33 +206,11 @@ def bind(options: Options, tensors: Any, needs: tuple[bool, ...]) -> Forward | N
     dtypes = dtypes_of(tensors)
     wanted = tuple([d if k in followed else None for k, d in enumerate(dtypes[: record.slopes])])
     schedule = _schedule(record, place, dtypes, wanted, None, None, options.dtype)
-    numbers, last = schedule.numbers, (schedule.steps, place.places, place.second, place.inner)
-    loop, size, shares = schedule.loop, schedule.bytes, (schedule.chunks, schedule.group)
-    factor, dtype, team = record.factor, options.dtype, torch.get_num_threads()
-    parts = parts_for(place.places, GRAIN)
-    large = [memory.is_pooled(tensors[k]) for k in followed]
-
-    def forward(tensors: Any, expected: float) -> tuple[torch.Tensor, Tensors, tuple[()]] | None:
-        if torch.get_num_threads() != team:
-            return None
-        loss = memory.empty_number(dtype)
-        grads: list[Any] = [None] * len(tensors)
-        words = [numbers, *[tensors[k].data_ptr() for k in given]]
-        for k, pooled in zip(followed, large, strict=True):
-            like = tensors[k]
-            grads[k] = grad = (
-                memory.empty(like.shape, like.dtype) if pooled else torch.empty_like(like)
-            )
-            words.append(grad.data_ptr())
-        sums, held = memory.scratch(size)
-        loop(
-            parts, [*words, *last], expected / divisor * factor, sums, loss.data_ptr(), divisor,
-            *shares,
-        )  # fmt: skip
-        del held
-        return loss, tuple(grads), ()
-
-    return forward
+    words = schedule.numbers, (schedule.steps, place.places, place.second, place.inner)
+    return bind_loop(
+        schedule.loop, tensors, given, followed, words, options.dtype, divisor, record.factor,
+        parts_for(place.places, GRAIN), (schedule.chunks, schedule.group), schedule,
+    )  # fmt: skip
 
 
 def backward(

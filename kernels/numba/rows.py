@@ -16,6 +16,7 @@ from ..operation import Options, Rowwise
 from ..reference import loss as torchs
 from ..rowwise import Rows, divisor_of, empty_grads, rows_of
 from . import memory
+from .bound import Forward, bind_loop
 from .compiler import dtype_name, kernel, loop, summing_kernel
 from .forms import Loop, address_in, dtypes_of, opened, sums_up
 from .labels import is_label, label_of, numbers_of_row
@@ -118,6 +119,21 @@ def _loop(
     return Loop(rows_run, Values(operation, flags), compute, groups, 1, loss)
 
 
+def _arrays(record: Any, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """The record's numbers, and the steps of what has a number at each class."""
+    steps = np.array([(step, 0) for step in rows.steps], np.int64)
+    return np.array(record.values, np.float64), steps
+
+
+def _group(rows: Rows) -> int:
+    """Rows that have one sum."""
+    return max(1, CHUNK // rows.classes)
+
+
+def _parts(rows: Rows) -> int:
+    return min(parts_for(rows.number * rows.classes, GRAIN), max(rows.number, 1))
+
+
 def _run(
     options: Options,
     tensors: Tensors,
@@ -144,10 +160,8 @@ def _run(
         *[dtypes_of(each) for each in (rows.at_class, rows.of_row, grads)],
         *dtypes_of((values, upstream, loss)),
     )
-    numbers = np.array(record.values, np.float64)
-    steps = np.array([(step, 0) for step in rows.steps], np.int64)
-    wrong = np.zeros(1, np.int64)
-    group = max(1, CHUNK // rows.classes)
+    numbers, steps = _arrays(record, rows)
+    wrong, group = np.zeros(1, np.int64), _group(rows)
     sums, kept = None, None
     if loss is not None:
         sums, kept = memory.scratch(8 * -(-rows.number // group))
@@ -156,8 +170,8 @@ def _run(
         address_in(rows.label), address_in(values), *map(address_in, grads), address_in(upstream),
         steps.ctypes.data, wrong.ctypes.data, rows.classes,
     ]  # fmt: skip
-    parts = min(parts_for(rows.number * rows.classes, GRAIN), max(rows.number, 1))
-    compiled(parts, words, scale, sums, address_in(loss), divisor, rows.number, group)
+    loss_at = address_in(loss)
+    compiled(_parts(rows), words, scale, sums, loss_at, divisor, rows.number, group)
     del kept
     if wrong[0]:
         torchs(options, tensors)
@@ -182,6 +196,39 @@ def forward(
     grads = empty_grads(operation, tensors, needs, memory.empty)
     _run(options, tensors, rows, divisor, expected / divisor, grads, loss=loss)
     return loss, grads, ()
+
+
+def bind(options: Options, tensors: Any, needs: tuple[bool, ...]) -> Forward | None:
+    """`forward` for calls like this one, if all that differs between them are addresses."""
+    record: Any = options.record
+    operation: Any = type(record)
+    named = dict(zip(operation.operands, tensors, strict=True))
+    numbers = [t for name, t in named.items() if t is not None and name != operation.label]
+    rows = rows_of(operation, tensors)
+    if (
+        options.reduction == "none"
+        or not rows.number
+        or not all(t is None or t.is_contiguous() for t in tensors)
+        or not all(t.is_floating_point() for t in numbers)
+    ):
+        return None
+    names = (*operation.columns, *operation.by_class, *operation.by_row, operation.label)
+    order = [operation.operands.index(n) for n in names if named.get(n) is not None]
+    columns = operation.operands[: len(operation.columns)]
+    followed = [k for k, name in enumerate(columns) if needs[k] and named[name] is not None]
+    grads = tuple([named[name].dtype if k in followed else None for k, name in enumerate(columns)])
+    loop = _loop(
+        operation, record.settings, dtype_name(rows.compute),
+        *[dtypes_of(each) for each in (rows.at_class, rows.of_row)], grads, None, None,
+        options.dtype,
+    )  # fmt: skip
+    values, steps = _arrays(record, rows)
+    return bind_loop(
+        loop, tensors, order, followed,
+        (values.ctypes.data, (steps.ctypes.data, rows.classes)), options.dtype,
+        divisor_of(options, rows), 1.0, _parts(rows), (rows.number, _group(rows)),
+        (values, steps), labelled=True,
+    )  # fmt: skip
 
 
 def backward(
