@@ -48,7 +48,7 @@ def arguments(name: str) -> tuple[Tensor, Tensor]:
 def live() -> float:
     """Gradients that are alive, by their bytes, those that wait for reuse left out."""
     gc.collect()
-    held = [b.owner.numel() for b in memory._buffers if memory._holders(b.owner) > 1]
+    held = [b.size for b in memory._buffers if memory._holders(b.owner) > 1]
     return sum(size for size in held if size > UNIT / 2) / UNIT
 
 

@@ -25,7 +25,7 @@ from .operators import Operators
 from .route import RouteCache, key_of
 
 # Names of their own, for what the smallest calls have to ask.
-is_compiled, tracing_state = torch.compiler.is_dynamo_compiling, torch._C._get_tracing_state
+is_compiled, is_tracing = torch.compiler.is_dynamo_compiling, torch._C._is_tracing
 insisted = dispatch.insisted
 
 #: the operation of each public function, by its name
@@ -99,7 +99,7 @@ def loss(
             values = (*args, *kwargs.values())
             route = cache.recognise(kwargs, values) if cache.last else None
             if route is None:
-                if tracing_state() is not None:
+                if is_tracing():
                     return torchs(*args, **kwargs)  # one node of the trace
                 # `choose` would say the same, but asking takes a few microseconds of a small
                 # call's 15.
@@ -166,7 +166,7 @@ def backend_for(
         tensors: the call's, which with the name say all that an analysis looks at.
         analysis: of the call.
     """
-    if torch.compiler.is_compiling() or tracing_state() is not None:
+    if torch.compiler.is_compiling() or is_tracing():
         return None
     names = (function,)
     route = _routes.recognise(names, tensors)

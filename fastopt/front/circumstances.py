@@ -29,7 +29,7 @@ TRACED = (FakeTensor, FunctionalTensor)
 
 # Names of their own: a training step has emptied the caches, and each look-up waits for memory.
 _functions, _dispatches = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
-_transforms, _tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+_transforms, _tracing = torch._C._are_functorch_transforms_active, torch._C._is_tracing
 _is_compiling = torch.compiler.is_compiling
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
@@ -90,7 +90,7 @@ def ambience_of() -> list[str]:
         return special
     if _is_compiling():
         special.append("torch.compile")
-    if _dispatches() or _tracing() is not None:
+    if _dispatches() or _tracing():
         special.append("tracing")
     return special
 

@@ -44,7 +44,7 @@ class CrossEntropy(Softmax):
     # What is shorter than a vector torch computes number by number, a few vectors it does well.
     row_crossover = {
         2: ((31, 262_144), (128, 2_097_152)),
-        4: ((15, 1_048_576), (79, 1_572_864), (128, 524_288)),
+        4: ((15, 1_048_576), (79, 1_572_864), (256, 524_288)),
         8: ((31, 262_144),),
     }
 

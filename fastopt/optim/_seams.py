@@ -19,8 +19,8 @@ __all__ = ["around", "circumstances", "torchs_parts"]
 _function_modes, _dispatch_modes = (
     torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
 )  # fmt: skip
-_transforms, _tracing_state = (
-    torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+_transforms, _is_tracing = (
+    torch._C._are_functorch_transforms_active, torch._C._is_tracing
 )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def around() -> list[str]:
         reasons.append("a torch.func transform")
     if forward_ad._current_level >= 0:
         reasons.append("forward-mode differentiation")
-    if _dispatch_modes() or _tracing_state() is not None:
+    if _dispatch_modes() or _is_tracing():
         reasons.append("tracing")
     return reasons
 

@@ -17,7 +17,7 @@ import os
 import threading
 from collections import deque
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,6 +33,7 @@ SCRATCH_BYTES = 1 << 19
 class _Buffer(NamedTuple):
     owner: torch.Tensor  # bytes; never handed out itself
     address: int  # where they were at first; shared memory, for one, is elsewhere
+    size: int
 
 
 # append and popleft are atomic: whoever has popped a buffer is the only one to examine it.
@@ -68,22 +69,27 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     buffer = _take(size)
     if buffer is None:
         owner = _allocate((size,), torch.uint8)
-        buffer = _Buffer(owner, owner.data_ptr())
+        buffer = _Buffer(owner, owner.data_ptr(), size)
     loan = _share(buffer.owner, shape, dtype)
     _remember(buffer)
     return loan
 
 
-#: By dtype a number to make another one like, which takes half the time of making it anew.
-_numbers: dict[torch.dtype, torch.Tensor] = {}
+#: Tensors to make others like, which takes half the time of making them anew.
+_models: dict[tuple[tuple[int, ...], torch.dtype], torch.Tensor] = {}
+
+
+def _empty_as(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised CPU tensor of a shape as few have."""
+    model = _models.get((shape, dtype))
+    if model is None:
+        model = _models[shape, dtype] = torch.empty(shape, dtype=dtype, device="cpu")
+    return torch.empty_like(model)
 
 
 def empty_number(dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised CPU tensor without dimensions."""
-    like = _numbers.get(dtype)
-    if like is None:
-        like = _numbers[dtype] = torch.empty((), dtype=dtype, device="cpu")
-    return torch.empty_like(like)
+    return _empty_as((), dtype)
 
 
 class _Scratch(threading.local):
@@ -126,7 +132,7 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 def _share(owner: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """A tensor on the owner's storage, and no view of the owner to autograd."""
-    tensor = torch.empty(0, dtype=dtype, device="cpu")
+    tensor = _empty_as((0,), dtype)
     tensor.set_(owner, 0, shape)  # type: ignore[call-overload]
     return tensor
 
@@ -138,7 +144,7 @@ def _take(size: int) -> _Buffer | None:
             buffer = _buffers.popleft()
         except IndexError:  # another thread took it
             break
-        if size <= buffer.owner.numel() <= 2 * size and _holders(buffer.owner) == 1:
+        if size <= buffer.size <= 2 * size and _holders(buffer.owner) == 1:
             if buffer.owner.data_ptr() == buffer.address:
                 return buffer
         else:
@@ -148,10 +154,10 @@ def _take(size: int) -> _Buffer | None:
 
 def _remember(buffer: _Buffer) -> None:
     """Keep a buffer, and forget the oldest where there are too many or too much."""
-    room = kept_bytes() - buffer.owner.numel()
+    room = kept_bytes() - buffer.size
     if room < 0:
         return
-    while sum(other.owner.numel() for other in tuple(_buffers)) > room:
+    while _buffers and sum([other.size for other in tuple(_buffers)]) > room:
         try:
             _buffers.popleft()
         except IndexError:
@@ -159,13 +165,17 @@ def _remember(buffer: _Buffer) -> None:
     _buffers.append(buffer)
 
 
+# Names of their own, for what each large tensor has to ask; None in a torch that has no such.
+_storage_address: Any = getattr(torch._C, "_storage_address", None)
+_use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
+
+
 def _holders(tensor: torch.Tensor) -> int:
     """How many tensors and others hold a tensor's storage.
 
     It must not be asked through a storage in Python, which would count for ever after.
     """
-    storage = torch._C._storage_address(tensor)  # type: ignore[attr-defined]
-    count: int = torch._C._storage_Use_Count(storage)
+    count: int = _use_count(_storage_address(tensor))
     return count
 
 
