@@ -15,6 +15,7 @@ import torch.nn.functional as theirs
 from cases import FLOATS
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from watching import watch_losses
 
 import fastopt
 import fastopt.nn.functional as ours
@@ -38,33 +39,17 @@ class Counts:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.forward = self.backward = 0
         backend: Any = fastopt.dispatch.load("numba")
-        forward, backward, bind = backend.forward, backend.backward, backend.bind
+        backward = backend.backward
 
-        def counted_forward(*arguments: Any) -> Any:
-            result = forward(*arguments)
+        def note(options: Any, result: Any) -> None:
             self.forward += result[1] is not None
-            return result
 
         def counted_backward(*arguments: Any) -> Any:
             self.backward += 1
             return backward(*arguments)
 
-        def counted_bind(*arguments: Any) -> Any:
-            bound = bind(*arguments)
-            if bound is not None:
-                compute = bound._forward
-
-                def counted(*arguments: Any) -> Any:
-                    result = compute(*arguments)
-                    self.forward += result is not None
-                    return result
-
-                bound._forward = counted
-            return bound
-
-        monkeypatch.setattr(backend, "forward", counted_forward)
+        watch_losses(monkeypatch, note)
         monkeypatch.setattr(backend, "backward", counted_backward)
-        monkeypatch.setattr(backend, "bind", counted_bind)
 
     def take(self) -> tuple[int, int]:
         found = self.forward, self.backward

@@ -17,6 +17,7 @@ from cases import BACKEND
 from torch import Tensor
 from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+from watching import watch_losses
 
 import fastopt
 import fastopt.nn.functional as ours
@@ -82,15 +83,8 @@ def test_checkpointed_chunks(
     name: str, scale: float, traced: Callable[[], float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The head and its loss chunk by chunk: forward keeps none, backward one gradient at a time."""
-    backend: Any = fastopt.dispatch.load("numba")
-    forward, left = backend.forward, []
-
-    def noted(*given: Any) -> Any:
-        result = forward(*given)
-        left.append(result[1])
-        return result
-
-    monkeypatch.setattr(backend, "forward", noted)
+    left: list[Any] = []
+    watch_losses(monkeypatch, lambda _, result: left.append(result[1]))
     chunks = [arguments(name) for _ in range(4)]
     grads = {}
     for module in (ours, theirs):

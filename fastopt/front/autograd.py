@@ -94,8 +94,7 @@ def _probe_hooks(_: bool) -> object:
 
 _autograd: Any = torch._C._autograd
 is_grad_enabled = torch.is_grad_enabled
-#: Whether what a function saves is packed by hooks, as under activation checkpointing: then not
-#: None.
+#: What packs the tensors that a function saves, as under activation checkpointing; else None.
 _top_hooks = getattr(_autograd, "_top_saved_tensors_default_hooks", _probe_hooks)
 
 

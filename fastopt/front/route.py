@@ -63,7 +63,7 @@ class RouteCache:
     """What has been settled about the calls of one function, by all that the outcome depends on.
 
     Args:
-        binds: whether backends are asked for nothing but losses.
+        binds: whether such calls are losses, and a backend can be bound to a kind of them.
     """
 
     LIMIT = 1024

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from watching import watch_losses
 
 import fastopt
-from fastopt import dispatch
 from fastopt.front.call import RECORDS
 
 MODULES = (argparse, ast, copy, functools, inspect, typing)
@@ -115,12 +115,6 @@ def assert_compiled(optimizer: torch.optim.Optimizer) -> None:
 
 def count_losses(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A list that gets an entry with every loss that the compiled kernels serve."""
-    backend, served = dispatch.load("numba"), []
-    forward = backend.forward
-
-    def noted(options: Any, *args: Any) -> Any:
-        served.append(options)
-        return forward(options, *args)
-
-    monkeypatch.setattr(backend, "forward", noted)
+    served: list[Any] = []
+    watch_losses(monkeypatch, lambda options, _: served.append(options))
     return served
