@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 from ..kernels import reference
@@ -133,7 +134,7 @@ class _FusedLoss(torch.autograd.Function):
             return (None,) * (3 + len(needs))
         if grad_output.is_neg():
             grad_output = grad_output.resolve_neg()
-        if torch.is_grad_enabled() or _is_followed(grad_output):  # create_graph and the like
+        if is_grad_enabled() or _is_followed(grad_output):  # create_graph and the like
             tensors, _ = saved(ctx)
             grads = reference_grads(ctx.options, tensors, grad_output, needs)
         else:
@@ -164,14 +165,21 @@ def saved(ctx: Any) -> tuple[Tensors, Tensors]:
 
 def _is_followed(grad_output: Tensor) -> bool:
     """Whether torch has to see how gradients are computed from this one."""
-    functorch = torch._C._functorch
     return (
-        functorch.is_batchedtensor(grad_output)
-        or functorch.is_legacy_batchedtensor(grad_output)  # is_grads_batched
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
+        _transforms()
+        or _dispatches() > 0
+        or forward_ad._current_level >= 0
+        or _is_batched(grad_output)
+        or _is_legacy_batched(grad_output)  # is_grads_batched
     )
+
+
+# Names of their own, for what each backward pass asks when a model has emptied the caches.
+_is_batched: Any = torch._C._functorch.is_batchedtensor
+_is_legacy_batched: Any = torch._C._functorch.is_legacy_batchedtensor
+_transforms, _dispatches = (
+    torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack
+)  # fmt: skip
 
 
 def reference_grads(
