@@ -180,9 +180,10 @@ def check(row: Row, contender: Contender, expected: list[torch.Tensor]) -> None:
     """Results are right, or an AssertionError."""
     for mine, its in zip(contender.results(), expected, strict=True):
         digits = torch.finfo(mine.dtype)
-        limit = max(8 * digits.eps, 1e-7)
-        if row.operation == "Muon":  # of whose products in bfloat16 a CPU rounds many otherwise
-            limit = 1e-5
+        # Muon's products in bfloat16 a CPU rounds otherwise, many at once; and of Adafactor's norms
+        # of 16 million numbers torch loses digits (it is 7e-6 from float64, fastopt 5e-8).
+        loose = row.operation in ("Muon", "Adafactor")
+        limit = 1e-5 if loose else max(8 * digits.eps, 1e-7)
         scale = float(its.abs().max()) if its.numel() else 0.0
         smallest = 2 * digits.smallest_normal * digits.eps
         torch.testing.assert_close(
