@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -169,3 +171,22 @@ def test_a_list_that_others_refer_to(monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(tensors, "_offset", find)
             assert tensors._items_offset() == expected
+
+
+def test_threads_that_ask_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All have addresses in what stays for the process's life, and none in what one has made."""
+    from fastopt.kernels.numba import tensors
+
+    together, threads = threading.Barrier(4), ThreadPoolExecutor(4)
+
+    class Made(tensors.Torch):
+        def __init__(self) -> None:
+            together.wait(60)  # all of them are in the middle of it
+            super().__init__()
+
+    monkeypatch.setattr(tensors, "Torch", Made)
+    monkeypatch.setattr(tensors, "_found", {})
+    with threads:
+        jobs = [threads.submit(tensors.torch_functions) for _ in range(4)]
+        found = {id(job.result()) for job in jobs}
+    assert found == {id(tensors.torch_functions())}

@@ -11,7 +11,6 @@ exception, and the caller has to ask Python.
 from __future__ import annotations
 
 import ctypes
-import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -339,9 +338,16 @@ def _tuple_items_offset() -> int:
     return offset
 
 
-@functools.cache
+_found: dict[str, Torch] = {}
+
+
 def torch_functions() -> Torch:
-    return Torch()
+    """The one for this process: compiled code has addresses in it, for as long as that lives.
+
+    Threads that ask for it at once get the same, which a cache of results would not give them.
+    """
+    found = _found.get("torch")
+    return _found.setdefault("torch", Torch()) if found is None else found
 
 
 def are_there() -> bool:
