@@ -97,6 +97,7 @@ def loss(
             if is_compiled():
                 return operators.call(args, kwargs)
             values = (*args, *kwargs.values())
+            # To look spares programs that have small losses alone a call.
             route = cache.recognise(kwargs, values) if cache.last else None
             if route is None:
                 if is_tracing():

@@ -60,14 +60,9 @@ def quick_test(operation: type[Operation]) -> tuple[Callable[[Tensor], bool], in
 
     def test(input: Tensor) -> bool:
         shape = input.shape
-        if rows and len(shape) == 2:  # as `crossover`, which would be one more call
-            count = operation.crossover
-            if input.stride(1) == 1:
-                for classes, number in operation.row_crossover.get(input.itemsize, ()):
-                    if shape[1] <= classes:
-                        count = number
-                        break
-            return input.numel() < count
+        if rows and len(shape) == 2:
+            row = shape[1] if input.stride(1) == 1 else 0
+            return input.numel() < crossover(operation, input.itemsize, row)
         # Of (batch, classes, length) the classes may be side by side.
         return (input.numel() < least and shape[-1] > longest) and (
             len(shape) < 3 or shape[1] > longest or (input.stride(1) != 1 and shape[1] > 1)

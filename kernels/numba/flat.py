@@ -191,16 +191,19 @@ def forward(
 def bind(options: Options, tensors: Any, needs: tuple[bool, ...]) -> Forward | None:
     """`forward` for calls like this one, if all that differs between them are addresses."""
     record: Any = options.record
-    operands, place = walk(numbers_of(tensors))
     given = [k for k, t in enumerate(tensors) if t is not None]
+    if options.reduction == "none" or not all(
+        tensors[k].is_contiguous() and tensors[k].is_floating_point() for k in given
+    ):
+        return None
+    operands, place = walk(tensors)
     followed = [k for k in given if needs[k]]
     divisor = divisor_of(options, tensors, place)
     if (
-        options.reduction == "none"
-        or divisor is None
+        divisor is None
         or not place.places
         or any(k >= record.slopes or tensors[k].shape != place.shape for k in followed)
-        or any(operands[k] is not tensors[k] or not tensors[k].is_contiguous() for k in given)
+        or any(operands[k] is not tensors[k] for k in given)
     ):
         return None
     dtypes = dtypes_of(tensors)

@@ -204,13 +204,14 @@ def bind(options: Options, tensors: Any, needs: tuple[bool, ...]) -> Forward | N
     operation: Any = type(record)
     named = dict(zip(operation.operands, tensors, strict=True))
     numbers = [t for name, t in named.items() if t is not None and name != operation.label]
-    rows = rows_of(operation, tensors)
     if (
         options.reduction == "none"
-        or not rows.number
         or not all(t is None or t.is_contiguous() for t in tensors)
         or not all(t.is_floating_point() for t in numbers)
     ):
+        return None
+    rows = rows_of(operation, tensors)
+    if not rows.number:
         return None
     names = (*operation.columns, *operation.by_class, *operation.by_row, operation.label)
     order = [operation.operands.index(n) for n in names if named.get(n) is not None]
